@@ -1,0 +1,141 @@
+"""Item counters: decayed sums at five half-lives, last touches and co-visits. Pure.
+
+Method: exponentially decayed sums (Cohen and Strauss 2003). A sum is held at the time of its newest
+contribution; a late contribution is decayed to that time before it is added, so order within a stream decides
+nothing but rounding. Each kind is fed by exactly one stream: that makes the state independent of how the
+streams of a partition interleave, byte for byte.
+"""
+
+from collections.abc import Iterable
+from math import exp2
+
+import msgspec
+
+from tailrace.events import DecayedSum, ItemStats
+from tailrace.ids import ItemId
+
+HALF_LIVES_S = (900.0, 3_600.0, 21_600.0, 86_400.0, 604_800.0)
+_HALF_LIVES_MS = tuple(seconds * 1000 for seconds in HALF_LIVES_S)
+
+# shown: impressions. clicked, liked, skipped, users (a user's first touch): clicks. rated, rated_up: ratings.
+KINDS = ("shown", "clicked", "liked", "skipped", "users", "rated", "rated_up")
+
+MAX_TOUCHES = 8
+MAX_COVISITS = 24
+_COVISIT_HALF_LIFE_MS = 7 * 86_400_000.0
+
+
+class ItemCounters(msgspec.Struct, array_like=True):
+    """One partition's counters of one item. Mutable; owned by the worker of the partition."""
+
+    sums: dict[str, DecayedSum] = {}
+    touches_ms: list[int] = []
+    first_ms: int | None = None
+    covisits: dict[ItemId, tuple[int, float]] = {}
+
+
+class CounterTable:
+    """The counters of one partition, and which of them have changed since they were last taken."""
+
+    def __init__(self, items: dict[ItemId, ItemCounters] | None = None) -> None:
+        self.items = items if items is not None else {}
+        self.dirty: set[ItemId] = set()
+
+    def touch(self, item_id: ItemId) -> ItemCounters:
+        """Returns the item's counters to be changed; marks them dirty."""
+        self.dirty.add(item_id)
+        found = self.items.get(item_id)
+        if found is None:
+            found = self.items[item_id] = ItemCounters()
+        return found
+
+
+def apply_count(counters: ItemCounters, kind: str, at_ms: int, weight: float = 1.0) -> None:
+    """Adds `weight` at `at_ms` to the item's decayed sums of `kind`, in place."""
+    held = counters.sums.get(kind)
+    if held is None:
+        counters.sums[kind] = DecayedSum(at_ms, [weight] * len(_HALF_LIVES_MS), 1)
+        return
+    age = at_ms - held.at_ms
+    sums = held.sums
+    if age >= 0:
+        for index, half_life in enumerate(_HALF_LIVES_MS):
+            sums[index] = sums[index] * exp2(-age / half_life) + weight
+        held.at_ms = at_ms
+    else:
+        for index, half_life in enumerate(_HALF_LIVES_MS):
+            sums[index] += weight * exp2(age / half_life)
+    held.count += 1
+
+
+def apply_touch(counters: ItemCounters, at_ms: int) -> None:
+    """Notes that someone touched the item: its first time and its newest eight, in time order."""
+    if counters.first_ms is None or at_ms < counters.first_ms:
+        counters.first_ms = at_ms
+    touches = counters.touches_ms
+    touches.append(at_ms)
+    if len(touches) > 1 and touches[-2] > at_ms:
+        touches.sort()
+    if len(touches) > MAX_TOUCHES:
+        del touches[0]
+
+
+def apply_covisit(counters: ItemCounters, other: ItemId, at_ms: int) -> None:
+    """Notes that a user touched this item and `other` close together; keeps the strongest pairs.
+
+    When full, the weakest pair gives way and the newcomer inherits its weight (space-saving, Metwally 2005).
+    """
+    covisits = counters.covisits
+    inherited = 0.0
+    held = covisits.get(other)
+    if held is None and len(covisits) >= MAX_COVISITS:
+        weakest = min(covisits, key=lambda item: decayed(covisits[item], at_ms))
+        inherited = decayed(covisits.pop(weakest), at_ms)
+    if held is None:
+        covisits[other] = (at_ms, inherited + 1.0)
+    elif at_ms >= held[0]:
+        covisits[other] = (at_ms, decayed(held, at_ms) + 1.0)
+    else:
+        covisits[other] = (held[0], held[1] + exp2((at_ms - held[0]) / _COVISIT_HALF_LIFE_MS))
+
+
+def decayed(held: tuple[int, float], at_ms: int) -> float:
+    """Returns the weight of a co-visit at `at_ms`."""
+    return held[1] * exp2(-max(at_ms - held[0], 0) / _COVISIT_HALF_LIFE_MS)
+
+
+def add_decayed(parts: Iterable[DecayedSum]) -> DecayedSum:
+    """Returns the sum of several partitions' shares, held at the newest of their times."""
+    shares = list(parts)
+    at_ms = max(share.at_ms for share in shares)
+    sums = [
+        sum(share.sums[index] * exp2((share.at_ms - at_ms) / half_life) for share in shares)
+        for index, half_life in enumerate(_HALF_LIVES_MS)
+    ]
+    return DecayedSum(at_ms, sums, sum(share.count for share in shares))
+
+
+def item_stats(item_id: ItemId, partition: int, counters: ItemCounters) -> ItemStats:
+    """Returns the record that publishes one partition's counters of an item."""
+    return ItemStats(
+        item_id=item_id,
+        partition=partition,
+        sums=counters.sums,
+        touches_ms=counters.touches_ms,
+        first_ms=counters.first_ms,
+        covisits=counters.covisits,
+    )
+
+
+_decoder = msgspec.msgpack.Decoder(ItemCounters)
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode_counters(counters: ItemCounters) -> bytes:
+    """Returns the counters as they are stored."""
+    return _encoder.encode(counters)
+
+
+def decode_counters(data: bytes) -> ItemCounters:
+    """Returns stored counters."""
+    return _decoder.decode(data)

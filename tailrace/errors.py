@@ -1,0 +1,76 @@
+"""The errors Tailrace raises. Each carries the coordinates of what failed.
+
+TailraceError
+├── SettingsError          a setting is unknown, of the wrong type, or out of range
+├── InvalidRecord          one record cannot be used; names the field; becomes a dead letter or a 4xx
+├── TopicMismatch          a topic exists with another shape than stored offsets rely on
+├── BrokerUnavailable      no Kafka cluster answers, or one cannot be started here
+├── StoreError             the profile store refused or failed
+│   └── Fenced             another worker has claimed the partition since
+├── BundleError            a model bundle is missing, damaged or unsuited
+│   ├── ParityError        an exported model differs from its source by more than its tolerance
+│   └── ProviderError      ONNX Runtime did not give the execution provider that was asked for
+├── NotReady               a table or a model has not been loaded yet
+└── Overloaded             a queue is full; says when to try again
+"""
+
+
+class TailraceError(Exception):
+    """Anything Tailrace raises on purpose."""
+
+
+class SettingsError(TailraceError):
+    """A setting is unknown, of the wrong type, or out of range."""
+
+
+class InvalidRecord(TailraceError):
+    """One record cannot be used. `field` is a JSON path such as `$.occurred_at`."""
+
+    def __init__(self, reason: str, *, field: str = "$") -> None:
+        super().__init__(f"{field}: {reason}")
+        self.reason = reason
+        self.field = field
+
+
+class TopicMismatch(TailraceError):
+    """A topic exists with another shape than the one stored offsets rely on."""
+
+
+class BrokerUnavailable(TailraceError):
+    """No Kafka cluster answers, or one cannot be started here."""
+
+
+class StoreError(TailraceError):
+    """The profile store refused or failed."""
+
+
+class Fenced(StoreError):
+    """Another worker has claimed the partition since; the holder of the old token must stop."""
+
+    def __init__(self, partition: int, token: int, current: int) -> None:
+        super().__init__(f"partition {partition}: fencing token {token} is older than {current}")
+        self.partition = partition
+
+
+class BundleError(TailraceError):
+    """A model bundle is missing, damaged or unsuited."""
+
+
+class ParityError(BundleError):
+    """An exported model differs from its source by more than its stated tolerance."""
+
+
+class ProviderError(BundleError):
+    """ONNX Runtime did not give the execution provider that was asked for."""
+
+
+class NotReady(TailraceError):
+    """A table or a model has not been loaded yet."""
+
+
+class Overloaded(TailraceError):
+    """A queue is full. `retry_after_s` says when to try again."""
+
+    def __init__(self, reason: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(reason)
+        self.retry_after_s = retry_after_s

@@ -1,0 +1,52 @@
+"""Items: what can be recommended, as text, tags, facts and attributes. A null record on `items` removes one."""
+
+from datetime import datetime
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from tailrace.events import SCHEMA_VERSION, Scalar, ShortText, decode, to_ms
+from tailrace.ids import ItemIdField
+
+Vector = Annotated[list[float], Meta(max_length=4096)]
+
+
+class Fact(msgspec.Struct, frozen=True):
+    """One edge of the knowledge graph: this item stands in `relation` to `entity` (author, director, brand)."""
+
+    relation: ShortText
+    entity: ShortText
+
+
+class Item(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Something that can be recommended. `created_at` is when it became available; absent means when announced."""
+
+    item_id: ItemIdField
+    title: Annotated[str, Meta(min_length=1, max_length=1000)]
+    tags: Annotated[list[ShortText], Meta(max_length=64)] = []
+    facts: Annotated[list[Fact], Meta(max_length=64)] = []
+    description: Annotated[str, Meta(max_length=20_000)] = ""
+    attributes: dict[ShortText, Scalar] = {}
+    image_vector: Vector | None = None
+    audio_vector: Vector | None = None
+    created_at: Annotated[datetime, Meta(tz=True)] | int | None = None
+    schema_version: Annotated[int, Meta(ge=1)] = SCHEMA_VERSION
+
+    @property
+    def created_ms(self) -> int | None:
+        """When the item became available, epoch milliseconds UTC; negative before 1970."""
+        return None if self.created_at is None else to_ms(self.created_at)
+
+    @property
+    def topics_of_interest(self) -> list[str]:
+        """What a touch of this item says about a user: its tags and its entities, as interest keys."""
+        return [f"tag:{tag}" for tag in self.tags] + [f"{fact.relation}:{fact.entity}" for fact in self.facts]
+
+
+_decoder = msgspec.json.Decoder(Item)
+
+
+def decode_item(value: bytes) -> Item:
+    """Returns the item in a record of `items`. Raises InvalidRecord naming the field."""
+    return decode(_decoder, value)

@@ -1,0 +1,204 @@
+"""Every setting, its default and its unit, in one frozen object. Read once per process and passed in.
+
+Order of authority: `TAILRACE_<SECTION>__<KEY>` in the environment, then the TOML file (`--settings`, or
+`tailrace.toml` in the working directory), then the default written here. An unknown key is an error.
+"""
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from tailrace.errors import SettingsError
+
+
+def _doc(text: str) -> Meta:
+    return Meta(description=text)
+
+
+Port = Annotated[int, Meta(ge=0, le=65_535)]
+Positive = Annotated[int, Meta(ge=1)]
+Seconds = Annotated[float, Meta(gt=0)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+
+
+class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    pass
+
+
+class KafkaSettings(_Section, frozen=True, kw_only=True):
+    """The broker and the topics."""
+
+    bootstrap_servers: Annotated[str, _doc("Kafka to use; empty: the local one that `tailrace broker` runs")] = ""
+    topic_prefix: Annotated[str, _doc("put before every topic name")] = ""
+    user_partitions: Annotated[Positive, _doc("partitions of clicks, ratings, contexts, impressions")] = 8
+    item_partitions: Annotated[Positive, _doc("partitions of items and item-stats")] = 4
+    replication_factor: Annotated[Positive, _doc("copies of every partition")] = 1
+    retention_days: Annotated[float, _doc("how long event topics keep their history")] = 90.0
+    security: Annotated[
+        dict[str, str | int | bool],
+        _doc("passed to every Kafka client: `security_protocol`, `sasl_mechanism`, `ssl_cafile`, …"),
+    ] = {}
+
+
+class StoreSettings(_Section, frozen=True, kw_only=True):
+    """Where profiles, counters and offsets live."""
+
+    kind: Annotated[Literal["lmdb", "valkey", "memory"], _doc("the store")] = "lmdb"
+    path: Annotated[str, _doc("folder of the LMDB environments; relative to `data_dir`")] = "store"
+    url: Annotated[str, _doc("Valkey or Redis, for example `redis://127.0.0.1:6379/0`")] = ""
+    map_size_mb: Annotated[Positive, _doc("upper bound of one partition's LMDB file, MiB")] = 4096
+    sync: Annotated[bool, _doc("fsync every LMDB commit; off: a power cut may cost a refold, not data")] = True
+
+
+class StreamSettings(_Section, frozen=True, kw_only=True):
+    """The stream workers and their supervisor."""
+
+    group: Annotated[str, _doc("consumer group under which offsets are reported to Kafka")] = "tailrace"
+    min_workers: Annotated[Positive, _doc("fewest workers")] = 1
+    max_workers: Annotated[Positive, _doc("most workers; never more than partitions")] = 2
+    lag_per_worker: Annotated[Positive, _doc("records of lag that justify one more worker")] = 20_000
+    poll_timeout_s: Annotated[Seconds, _doc("longest wait for records in one poll")] = 0.5
+    max_batch: Annotated[Positive, _doc("most records folded into one save")] = 5000
+    profile_cache: Annotated[Positive, _doc("decoded profiles kept per worker")] = 50_000
+    stats_interval_s: Annotated[Seconds, _doc("between two publications of item counters")] = 1.0
+    max_ahead_s: Annotated[float, _doc("an event stamped further ahead of its record than this is a dead letter")] = (
+        300.0
+    )
+    metrics_port: Annotated[Port, _doc("where the supervisor answers Prometheus on 127.0.0.1; 0: nowhere")] = 9465
+    stall_s: Annotated[Seconds, _doc("a worker with lag and no progress for this long is replaced")] = 30.0
+
+
+class RankerSettings(_Section, frozen=True, kw_only=True):
+    """The ranker deployment: the model, its replicas and what it considers."""
+
+    device: Annotated[Literal["cpu", "cuda"], _doc("where the sessions run")] = "cpu"
+    precision: Annotated[Literal["int8", "fp16", "auto"], _doc("auto: int8 on cpu, fp16 on cuda")] = "auto"
+    intra_op_threads: Annotated[Positive, _doc("ONNX Runtime threads per replica")] = 1
+    min_replicas: Annotated[Positive, _doc("fewest replicas")] = 1
+    max_replicas: Annotated[Positive, _doc("most replicas")] = 1
+    target_ongoing_requests: Annotated[float, _doc("requests in flight per replica that autoscaling aims at")] = 4.0
+    upscale_delay_s: Annotated[float, _doc("how long load must stay high before a replica is added")] = 2.0
+    downscale_delay_s: Annotated[float, _doc("how long load must stay low before one is removed")] = 60.0
+    max_ongoing_requests: Annotated[Positive, _doc("requests a replica holds at once")] = 16
+    max_queued_requests: Annotated[Positive, _doc("requests that may wait; more are answered 429")] = 64
+    max_batch_requests: Annotated[Positive, _doc("requests scored in one pass of the model")] = 8
+    num_cpus: Annotated[float, _doc("CPUs a replica reserves in Ray")] = 0.5
+    num_candidates: Annotated[Positive, _doc("candidates scored per request")] = 300
+    deadline_s: Annotated[Seconds, _doc("after this the gateway answers from a lower rung")] = 0.5
+    item_text_cache: Annotated[bool, _doc("keep item vectors and states of a version on disk")] = True
+
+
+class SlateSettings(_Section, frozen=True, kw_only=True):
+    """How ranked candidates become a slate."""
+
+    diversity: Annotated[Share, _doc("MMR: 0 is pure relevance, 1 pure novelty")] = 0.15
+    max_per_tag: Annotated[int, _doc("most items of one tag in a slate; 0: no cap")] = 4
+    exploration: Annotated[Share, _doc("share of slate positions drawn at random from the next candidates")] = 0.1
+    explore_pool: Annotated[Positive, _doc("how many candidates below the slate may be explored")] = 50
+    unshown_logged: Annotated[int, _doc("losing candidates logged with each impression")] = 5
+
+
+class GatewaySettings(_Section, frozen=True, kw_only=True):
+    """The HTTP service."""
+
+    host: Annotated[str, _doc("address to listen on")] = "127.0.0.1"
+    port: Annotated[Port, _doc("port to listen on")] = 8000
+    replicas: Annotated[Positive, _doc("gateway replicas")] = 1
+    num_cpus: Annotated[float, _doc("CPUs a replica reserves in Ray")] = 0.25
+    max_ongoing_requests: Annotated[Positive, _doc("requests a replica holds at once")] = 64
+    max_queued_requests: Annotated[Positive, _doc("requests that may wait; more are answered 429")] = 128
+    max_events_per_call: Annotated[Positive, _doc("most events in one POST")] = 1000
+    max_body_bytes: Annotated[Positive, _doc("largest request body")] = 4_194_304
+    ack_timeout_s: Annotated[Seconds, _doc("longest wait for the broker to acknowledge")] = 5.0
+
+
+class RegistrySettings(_Section, frozen=True, kw_only=True):
+    """Where model bundles live."""
+
+    url: Annotated[str, _doc("folder or fsspec URL; relative paths are below `data_dir`")] = "registry"
+    base_model: Annotated[str, _doc("BERT to start from: `packaged`, or a local folder or hub name")] = "packaged"
+    split_layer: Annotated[int, _doc("k: below this layer item tokens do not see the user")] = 3
+    item_states: Annotated[int, _doc("T: pooled states kept per item; 0 keeps every token")] = 4
+    max_user_tokens: Annotated[Positive, _doc("longest user text, tokens")] = 96
+    max_item_tokens: Annotated[Positive, _doc("longest item text, tokens")] = 32
+
+
+class Settings(_Section, frozen=True, kw_only=True):
+    """All settings of one process."""
+
+    data_dir: Annotated[str, _doc("everything Tailrace writes on this machine")] = ".tailrace"
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], _doc("least severe line logged")] = "info"
+    kafka: KafkaSettings = KafkaSettings()
+    store: StoreSettings = StoreSettings()
+    stream: StreamSettings = StreamSettings()
+    ranker: RankerSettings = RankerSettings()
+    slate: SlateSettings = SlateSettings()
+    gateway: GatewaySettings = GatewaySettings()
+    registry: RegistrySettings = RegistrySettings()
+
+    def path(self, name: str) -> Path:
+        """Returns `name` below `data_dir`, or `name` itself where it is absolute."""
+        return Path(self.data_dir).absolute() / name
+
+
+def load_settings(file: Path | None = None, environ: Mapping[str, str] = os.environ, **overrides: Any) -> Settings:
+    """Returns the settings from `file`, the environment and `overrides` (`kafka={...}`), the last one winning.
+
+    Raises SettingsError naming the key.
+    """
+    found: dict[str, Any] = {}
+    if file is not None:
+        try:
+            found = tomllib.loads(file.read_text())
+        except (OSError, tomllib.TOMLDecodeError) as error:
+            raise SettingsError(f"{file}: {error}") from error
+    _merge(found, _from_environ(environ))
+    _merge(found, overrides)
+    try:
+        return msgspec.convert(found, Settings, strict=False)
+    except msgspec.ValidationError as error:
+        raise SettingsError(str(error)) from error
+
+
+def _from_environ(environ: Mapping[str, str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in environ.items():
+        if not name.startswith("TAILRACE_"):
+            continue
+        *sections, key = name.removeprefix("TAILRACE_").lower().split("__")
+        place = found
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[key] = msgspec.json.decode(value) if value.startswith("{") else value
+    return found
+
+
+def _merge(into: dict[str, Any], other: Mapping[str, Any]) -> None:
+    for key, value in other.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def settings_table() -> str:
+    """Returns the Markdown table of every setting, as the README shows it."""
+    rows = ["| setting | default | what it is |", "|---|---|---|"]
+    for field in msgspec.structs.fields(Settings):
+        if isinstance(field.default, _Section):
+            rows += [_row(f"{field.name}.{inner.name}", inner) for inner in msgspec.structs.fields(field.default)]
+        else:
+            rows.append(_row(field.name, field))
+    return "\n".join(rows)
+
+
+def _row(name: str, field: msgspec.structs.FieldInfo) -> str:
+    kind = msgspec.inspect.type_info(field.type)
+    text = (getattr(kind, "extra_json_schema", None) or {}).get("description", "")
+    default = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
+    return f"| `{name}` | `{msgspec.json.encode(default).decode()}` | {text} |"
