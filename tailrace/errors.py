@@ -11,7 +11,8 @@ TailraceError
 │   ├── ParityError        an exported model differs from its source by more than its tolerance
 │   └── ProviderError      ONNX Runtime did not give the execution provider that was asked for
 ├── NotReady               a table or a model has not been loaded yet
-└── Overloaded             a queue is full; says when to try again
+├── Overloaded             a queue is full; says when to try again
+└── TooLate                a deadline passed before the work was done
 """
 
 
@@ -74,3 +75,7 @@ class Overloaded(TailraceError):
     def __init__(self, reason: str, *, retry_after_s: float = 1.0) -> None:
         super().__init__(reason)
         self.retry_after_s = retry_after_s
+
+
+class TooLate(TailraceError):
+    """A deadline passed before the work was done; whoever asked gets a lesser answer, or none."""
