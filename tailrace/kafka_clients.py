@@ -4,14 +4,14 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from kafka import KafkaConsumer, KafkaProducer
-from kafka.admin import KafkaAdminClient, NewTopic
+from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from kafka.admin import KafkaAdminClient, NewTopic, OffsetSpec
 from kafka.errors import KafkaError, TopicAlreadyExistsError
 from kafka.partitioner import murmur2
 
 from tailrace.errors import BrokerUnavailable, TopicMismatch
 from tailrace.settings import KafkaSettings
-from tailrace.topics import tailrace_topics
+from tailrace.topics import USER_STREAMS, tailrace_topics
 
 
 def partition_of(key: str, partitions: int) -> int:
@@ -88,6 +88,22 @@ def create_topics(kafka: KafkaSettings) -> dict[str, str]:
             )
         ids[role] = str(found[topic.name]["topic_id"])
     return ids
+
+
+def stream_lag(admin: Any, kafka: KafkaSettings, group: str) -> dict[tuple[str, int], int]:
+    """Returns, by stream role and partition, how many records the workers have yet to fold. Raises BrokerUnavailable."""
+    topics = tailrace_topics(kafka)
+    names = {topics[role].name: role for role in USER_STREAMS}
+    partitions = [TopicPartition(name, index) for name in names for index in range(kafka.user_partitions)]
+    try:
+        ends = admin.list_partition_offsets({partition: OffsetSpec.LATEST for partition in partitions})
+        done = admin.list_group_offsets({group: partitions})[group]
+    except KafkaError as error:
+        raise BrokerUnavailable(f"Kafka at {kafka.bootstrap_servers} failed: {error}") from error
+    return {
+        (names[partition.topic], partition.partition): ends[partition].offset - max(done[partition].offset, 0)
+        for partition in partitions
+    }
 
 
 def wait_for_kafka(kafka: KafkaSettings, timeout_s: float) -> None:

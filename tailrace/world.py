@@ -91,8 +91,8 @@ class World:
         liked_TD = np.stack([self._theme_vectors[theme] for theme in liked])
         return Reader(
             user_id=UserId(f"reader-{seed}-{number:05d}"),
-            taste_D=_unit(weights[None, :] @ liked_TD).ravel(),
-            drift_D=_unit(rng.normal(size=self._latent_ID.shape[1])),
+            taste_D=_unit(np.average(liked_TD, axis=0, weights=weights)),
+            drift_D=_unit(rng.normal(size=self._latent_ID.shape[1:])),
             patience=float(rng.uniform(0.7, 1.0)),
         )
 

@@ -1,0 +1,162 @@
+"""`make demo`: the whole system on this machine, a bundled catalogue of books, and simulated readers who use it.
+
+What it writes stays in `.tailrace/`; started again, it goes on from there.
+"""
+
+import asyncio
+import contextlib
+import importlib.resources
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import httpx
+from rich.console import Console
+from rich.live import Live
+
+from deploy.live_view import facts, live_panel, print_summary
+from deploy.local import local_system
+from deploy.readers import Readers, expected_click_rates
+from tailrace.errors import NotReady, TailraceError
+from tailrace.events import encode
+from tailrace.items import Item, decode_item
+from tailrace.kafka_clients import open_admin, open_producer, stream_lag
+from tailrace.settings import Settings, load_settings
+from tailrace.telemetry import configure_logging
+from tailrace.topics import tailrace_topics
+from tailrace.world import Moment, World
+
+_READERS = 300
+_VISITS_PER_S = 5.0
+_READY_TIMEOUT_S = 120.0
+
+
+@click.command()
+@click.option("--duration", "duration_s", type=click.FloatRange(min=1), default=180.0, help="seconds of live readers")
+@click.option("--seed", type=int, default=0, help="which world")
+@click.option("--settings", "settings_file", type=click.Path(path_type=Path, exists=True), default=None)
+def main(duration_s: float, seed: int, settings_file: Path | None) -> None:
+    """Runs the demo and prints what happened."""
+    started = time.monotonic()
+    console = Console()
+    settings = load_settings(settings_file)
+    logs = settings.path("logs")
+    logs.mkdir(parents=True, exist_ok=True)
+
+    def tell(line: str) -> None:
+        console.print(f"[dim]{time.monotonic() - started:6.1f} s[/]  {line}")
+
+    with (logs / "demo.log").open("a") as log_file:
+        configure_logging(settings, log_file)
+        try:
+            with local_system(settings, tell) as running:
+                asyncio.run(_run_readers(running, duration_s, seed, console, tell))
+                tell("Stopping")
+        except TailraceError as error:
+            raise click.ClickException(f"{error}\nLogs are in {logs}") from error
+    tell("Stopped; run it again and it goes on from here")
+
+
+async def _run_readers(
+    settings: Settings, duration_s: float, seed: int, console: Console, tell: Callable[[str], None]
+) -> None:
+    # 1. The catalogue: announced as any producer would announce it. The same records again change nothing.
+    items = load_books()
+    producer = open_producer(settings.kafka, linger_ms=5)
+    topics = tailrace_topics(settings.kafka)
+    for item in items:
+        producer.send(topics["items"].name, key=item.item_id.encode(), value=encode(item))
+    producer.flush(timeout=30)
+    tell(f"{len(items)} books are on the `items` topic")
+
+    url = f"http://{settings.gateway.host}:{settings.gateway.port}"
+    async with httpx.AsyncClient(base_url=url, timeout=10.0) as client:
+        # 2. The first recommendation.
+        await _wait_until_ready(client)
+        await _first_recommendation(client, tell)
+        # 3. Readers come and go; a probe measures; a person watches.
+        world = World(items, seed=seed)
+        readers = Readers(
+            world,
+            client,
+            lambda role, key, value: producer.send(topics[role].name, key=key.encode(), value=value),
+            count=_READERS,
+            seed=seed,
+        )
+        moment = Moment(hours=12.0, device="desktop")
+        ceiling = expected_click_rates(world, [world.reader(number, seed=seed) for number in range(100)], moment)
+        stop = asyncio.Event()
+        admin = open_admin(settings.kafka)
+
+        def lag() -> int:
+            return sum(stream_lag(admin, settings.kafka, settings.stream.group).values())
+
+        watching = asyncio.create_task(_watch(readers, lag, ceiling, duration_s, console, stop))
+        probing = asyncio.create_task(readers.probe(stop))
+        await readers.live(duration_s, visits_per_s=_VISITS_PER_S)
+        stop.set()
+        await asyncio.gather(watching, probing)
+        producer.flush(timeout=30)
+        print_summary(console, readers.tally, await asyncio.to_thread(lag), ceiling)
+        admin.close()
+    producer.close()
+
+
+def load_books() -> list[Item]:
+    """Returns the bundled catalogue: classic books, written for this project."""
+    lines = importlib.resources.files("tailrace.data").joinpath("books.jsonl").read_bytes().splitlines()
+    return [decode_item(line) for line in lines]
+
+
+async def _wait_until_ready(client: httpx.AsyncClient) -> None:
+    deadline = time.monotonic() + _READY_TIMEOUT_S
+    answer = "nothing yet"
+    while time.monotonic() < deadline:
+        with contextlib.suppress(httpx.TransportError):
+            response = await client.get("/readyz")
+            if response.status_code == 200:
+                return
+            answer = response.text
+        await asyncio.sleep(0.2)
+    raise NotReady(f"the services were not ready within {_READY_TIMEOUT_S:g} s; /readyz says: {answer}")
+
+
+async def _first_recommendation(client: httpx.AsyncClient, tell: Callable[[str], None]) -> None:
+    body = {"user_id": "first-visitor", "n": 3, "query": "a ghost in an old castle", "explain": True, "dry_run": True}
+    response = await client.post("/v1/recommendations", json=body)
+    response.raise_for_status()
+    answer = response.json()
+    tell(f'First recommendation, for a stranger who asks for "{body["query"]}":')
+    for row in answer["items"]:
+        tell(f"   {row['title']}  ({'; '.join(row['reasons'])})")
+
+
+async def _watch(
+    readers: Readers,
+    lag_now: Callable[[], int],
+    ceiling: float,
+    duration_s: float,
+    console: Console,
+    stop: asyncio.Event,
+) -> None:
+    if not console.is_terminal:
+        while not await _stopped(stop, 10.0):
+            lag = await asyncio.to_thread(lag_now)
+            console.print(" | ".join(f"{name}: {figure}" for name, figure in facts(readers.tally, lag, ceiling)))
+        return
+    with Live(console=console, refresh_per_second=2, transient=True) as live:
+        while not await _stopped(stop, 1.0):
+            lag = await asyncio.to_thread(lag_now)
+            remaining_s = duration_s - (time.monotonic() - readers.tally.started)
+            live.update(live_panel(readers.tally, lag, ceiling, remaining_s))
+
+
+async def _stopped(stop: asyncio.Event, within_s: float) -> bool:
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(stop.wait(), within_s)
+    return stop.is_set()
+
+
+if __name__ == "__main__":
+    main()
