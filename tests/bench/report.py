@@ -1,0 +1,66 @@
+"""The rows that `make bench` measures, as JSON in a file and as the table in the README's "Measured" section."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypedDict
+
+RESULTS = Path(__file__).parent / "results.json"
+README = Path(__file__).parents[2] / "README.md"
+_SECTION = re.compile(r"(<!-- measured: begin -->\n).*(<!-- measured: end -->)", re.DOTALL)
+
+
+class Row(TypedDict):
+    """One figure: what was measured, its value and its unit."""
+
+    name: str
+    value: float
+    unit: str
+
+
+class Results(TypedDict):
+    """Every figure of one run of `make bench`, and the machine it ran on."""
+
+    machine: str
+    rows: list[Row]
+
+
+def load_results() -> Results:
+    """Returns the figures of the last run of `make bench`."""
+    results: Results = json.loads(RESULTS.read_text())
+    return results
+
+
+def save_results(results: Results) -> None:
+    """Writes the figures to the JSON file and into the README."""
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    table = markdown_table(results)
+    README.write_text(_SECTION.sub(lambda found: f"{found[1]}{table}\n{found[2]}", README.read_text()))
+
+
+def readme_table() -> str:
+    """Returns the table that the README shows. Raises ValueError when its markers are gone."""
+    found = re.search(r"<!-- measured: begin -->\n(.*)\n<!-- measured: end -->", README.read_text(), re.DOTALL)
+    if not found:
+        raise ValueError("README.md has lost its `measured` markers")
+    return found[1]
+
+
+def markdown_table(results: Results) -> str:
+    """Returns the figures as the README shows them."""
+    lines = [f"On {results['machine']}:", "", "| measure | figure |", "|---|---:|"]
+    lines += [f"| {row['name']} | {figure(row)} |" for row in results["rows"]]
+    return "\n".join(lines)
+
+
+def figure(row: Row) -> str:
+    """Returns a value with its unit, to three significant digits or whole thousands."""
+    value = row["value"]
+    text = f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{text} {row['unit']}".strip()
+
+
+def table_rows(results: Results) -> Sequence[tuple[str, str]]:
+    """Returns (measure, figure) for a terminal table."""
+    return [(row["name"], figure(row)) for row in results["rows"]]
