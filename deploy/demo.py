@@ -9,6 +9,7 @@ import importlib.resources
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import httpx
@@ -62,18 +63,15 @@ async def _run_readers(
     settings: Settings, duration_s: float, seed: int, console: Console, tell: Callable[[str], None]
 ) -> None:
     # 1. The catalogue: announced as any producer would announce it. The same records again change nothing.
-    items = load_books()
     producer = open_producer(settings.kafka, linger_ms=5)
     topics = tailrace_topics(settings.kafka)
-    for item in items:
-        producer.send(topics["items"].name, key=item.item_id.encode(), value=encode(item))
-    producer.flush(timeout=30)
+    items = announce_books(producer, settings)
     tell(f"{len(items)} books are on the `items` topic")
 
     url = f"http://{settings.gateway.host}:{settings.gateway.port}"
     async with httpx.AsyncClient(base_url=url, timeout=10.0) as client:
         # 2. The first recommendation.
-        await _wait_until_ready(client)
+        await wait_until_ready(client)
         await _first_recommendation(client, tell)
         # 3. Readers come and go; a probe measures; a person watches.
         world = World(items, seed=seed)
@@ -109,7 +107,18 @@ def load_books() -> list[Item]:
     return [decode_item(line) for line in lines]
 
 
-async def _wait_until_ready(client: httpx.AsyncClient) -> None:
+def announce_books(producer: Any, settings: Settings) -> list[Item]:
+    """Puts the bundled catalogue on the `items` topic, waits until the broker has it, and returns it."""
+    items = load_books()
+    topic = tailrace_topics(settings.kafka)["items"].name
+    for item in items:
+        producer.send(topic, key=item.item_id.encode(), value=encode(item))
+    producer.flush(timeout=30)
+    return items
+
+
+async def wait_until_ready(client: httpx.AsyncClient) -> None:
+    """Returns when `/readyz` says yes. Raises NotReady with its last answer after two minutes."""
     deadline = time.monotonic() + _READY_TIMEOUT_S
     answer = "nothing yet"
     while time.monotonic() < deadline:

@@ -21,7 +21,7 @@ _HALF_LIVES_MS = tuple(seconds * 1000 for seconds in HALF_LIVES_S)
 KINDS = ("shown", "clicked", "liked", "skipped", "users", "rated", "rated_up")
 
 MAX_TOUCHES = 8
-MAX_COVISITS = 24
+MAX_COVISITS = 32
 _COVISIT_HALF_LIFE_MS = 7 * 86_400_000.0
 
 
@@ -54,17 +54,30 @@ def apply_count(counters: ItemCounters, kind: str, at_ms: int, weight: float = 1
     """Adds `weight` at `at_ms` to the item's decayed sums of `kind`, in place."""
     held = counters.sums.get(kind)
     if held is None:
-        counters.sums[kind] = DecayedSum(at_ms, [weight] * len(_HALF_LIVES_MS), 1)
+        sums_by_kind = counters.sums | {kind: DecayedSum(at_ms, [weight] * len(_HALF_LIVES_MS), 1)}
+        # In the order of KINDS, not of arrival: arrival depends on how the streams of a partition interleave.
+        counters.sums = {name: sums_by_kind[name] for name in KINDS if name in sums_by_kind}
         return
+    a, b, c, d, e = held.sums  # one per half-life; written out, because this is the hottest line of the stream
+    h, i, j, k, m = _HALF_LIVES_MS
     age = at_ms - held.at_ms
-    sums = held.sums
-    if age >= 0:
-        for index, half_life in enumerate(_HALF_LIVES_MS):
-            sums[index] = sums[index] * exp2(-age / half_life) + weight
+    if age > 0:
+        held.sums = [
+            a * exp2(-age / h) + weight,
+            b * exp2(-age / i) + weight,
+            c * exp2(-age / j) + weight,
+            d * exp2(-age / k) + weight,
+            e * exp2(-age / m) + weight,
+        ]
         held.at_ms = at_ms
     else:
-        for index, half_life in enumerate(_HALF_LIVES_MS):
-            sums[index] += weight * exp2(age / half_life)
+        held.sums = [
+            a + weight * exp2(age / h),
+            b + weight * exp2(age / i),
+            c + weight * exp2(age / j),
+            d + weight * exp2(age / k),
+            e + weight * exp2(age / m),
+        ]
     held.count += 1
 
 
@@ -81,20 +94,20 @@ def apply_touch(counters: ItemCounters, at_ms: int) -> None:
 
 
 def apply_covisit(counters: ItemCounters, other: ItemId, at_ms: int) -> None:
-    """Notes that a user touched this item and `other` close together; keeps the strongest pairs.
+    """Notes that a user touched this item and `other` close together; of more than 32 pairs the weaker half goes.
 
-    When full, the weakest pair gives way and the newcomer inherits its weight (space-saving, Metwally 2005).
+    So a newcomer has the time of sixteen others to be seen again (lossy counting, Manku and Motwani 2002).
     """
     covisits = counters.covisits
-    inherited = 0.0
     held = covisits.get(other)
-    if held is None and len(covisits) >= MAX_COVISITS:
-        weakest = min(covisits, key=lambda item: decayed(covisits[item], at_ms))
-        inherited = decayed(covisits.pop(weakest), at_ms)
     if held is None:
-        covisits[other] = (at_ms, inherited + 1.0)
+        covisits[other] = (at_ms, 1.0)
+        if len(covisits) > MAX_COVISITS:
+            now_ms, _ = max(covisits.values())
+            ranked = sorted((-decayed(pair, now_ms), item) for item, pair in covisits.items())
+            counters.covisits = {item: covisits[item] for _, item in ranked[: MAX_COVISITS // 2]}
     elif at_ms >= held[0]:
-        covisits[other] = (at_ms, decayed(held, at_ms) + 1.0)
+        covisits[other] = (at_ms, held[1] * exp2((held[0] - at_ms) / _COVISIT_HALF_LIFE_MS) + 1.0)
     else:
         covisits[other] = (held[0], held[1] + exp2((at_ms - held[0]) / _COVISIT_HALF_LIFE_MS))
 

@@ -10,6 +10,7 @@ TailraceError
 ├── BundleError            a model bundle is missing, damaged or unsuited
 │   ├── ParityError        an exported model differs from its source by more than its tolerance
 │   └── ProviderError      ONNX Runtime did not give the execution provider that was asked for
+├── ScoringError           the model's sessions failed on a request; the answer comes without them
 ├── NotReady               a table or a model has not been loaded yet
 ├── Overloaded             a queue is full; says when to try again
 └── TooLate                a deadline passed before the work was done
@@ -63,6 +64,10 @@ class ParityError(BundleError):
 
 class ProviderError(BundleError):
     """ONNX Runtime did not give the execution provider that was asked for."""
+
+
+class ScoringError(TailraceError):
+    """The model's sessions failed on a request; the answer comes without them."""
 
 
 class NotReady(TailraceError):

@@ -28,6 +28,10 @@ SCHEMA_VERSION = 1
 Action = Literal["view", "click", "like", "save", "share", "purchase", "skip", "hide"]
 ACTIONS: tuple[Action, ...] = ("view", "click", "like", "save", "share", "purchase", "skip", "hide")
 
+# Bounded, so that whatever is accepted can also be stored (msgpack holds 64-bit integers) and summed.
+SchemaVersion = Annotated[int, Meta(ge=1, le=1_000_000)]
+ScaleValue = Annotated[float, Meta(ge=-1e9, le=1e9)]
+
 OccurredAt = Annotated[datetime, Meta(tz=True)] | Annotated[int, Meta(ge=0, le=253_402_300_799_000)]
 Scalar = str | float | bool
 ShortText = Annotated[str, Meta(max_length=256)]
@@ -44,7 +48,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     event_id: EventIdField
     user_id: UserIdField
     occurred_at: OccurredAt
-    schema_version: Annotated[int, Meta(ge=1)] = SCHEMA_VERSION
+    schema_version: SchemaVersion = SCHEMA_VERSION
 
     @property
     def at_ms(self) -> int:
@@ -64,15 +68,15 @@ class Click(Interaction, frozen=True, kw_only=True, omit_defaults=True):
     """A user did something with an item. `dwell_s` is the time spent on it, in seconds."""
 
     action: Action = "click"
-    dwell_s: Annotated[float, Meta(ge=0)] | None = None
+    dwell_s: Annotated[float, Meta(ge=0, le=31_536_000)] | None = None
 
 
 class Rating(Interaction, frozen=True, kw_only=True, omit_defaults=True):
     """A user judged an item with a number on a stated scale and, possibly, in words."""
 
-    value: float
-    scale_min: float = 1.0
-    scale_max: float = 5.0
+    value: ScaleValue
+    scale_min: ScaleValue = 1.0
+    scale_max: ScaleValue = 5.0
     review: Annotated[str, Meta(max_length=20_000)] | None = None
 
     def __post_init__(self) -> None:
@@ -207,6 +211,8 @@ def decode(decoder: msgspec.json.Decoder[Record], value: bytes) -> Record:
         raise invalid_record(error) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRecord(f"not JSON: {error}") from error
+    except RecursionError as error:  # a field we skip may nest as deep as its sender likes
+        raise InvalidRecord("nested too deeply") from error
 
 
 def invalid_record(error: msgspec.ValidationError) -> InvalidRecord:

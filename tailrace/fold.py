@@ -3,14 +3,16 @@
 The stream worker, the recovery tests' oracle and the prequential evaluation all call `fold_event`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import Enum
+from typing import Literal, Protocol
+
+import msgspec
 
 from tailrace.counters import CounterTable, apply_count, apply_covisit
 from tailrace.counters import apply_touch as apply_item_touch
 from tailrace.events import Click, Context, Impression, Rating, UserEvent
 from tailrace.ids import ItemId
-from tailrace.items import Item
 from tailrace.profile import (
     MAX_LAST_ITEMS,
     MAX_REVIEW_CHARS,
@@ -38,7 +40,16 @@ INTEREST_WEIGHTS: Mapping[str, float] = {
 }
 NEGATIVE_ACTIONS = frozenset({"skip", "hide"})
 LIKING_ACTIONS = frozenset({"like", "save", "share", "purchase"})
+Stream = Literal["clicks", "ratings", "contexts", "impressions"]
+STREAMS: tuple[Stream, ...] = ("clicks", "ratings", "contexts", "impressions")
 LIKED_SHARE = 0.7  # a rating at or above this share of its scale counts as liked
+
+
+class HasTopics(Protocol):
+    """What the fold needs of an item: `tailrace.items.Item`, or the little of it that a worker keeps."""
+
+    @property
+    def topics_of_interest(self) -> list[str]: ...
 
 
 class Outcome(Enum):
@@ -49,15 +60,13 @@ class Outcome(Enum):
     FORGOTTEN = "forgotten"
 
 
-def fold_event(event: UserEvent, profile: Profile, counters: CounterTable, item: Item | None) -> Outcome:
+def fold_event(event: UserEvent, profile: Profile, counters: CounterTable, item: HasTopics | None) -> Outcome:
     """Folds an event into `profile` and `counters`, in place, and returns what became of it.
 
     `item` is the item the event is about, where the catalogue knows it: its tags and entities become interests.
     A repeated event id changes nothing; an event from before the user asked to be forgotten changes nothing.
     """
     at_ms = event.at_ms
-    if at_ms <= profile.forgotten_before_ms:
-        return Outcome.FORGOTTEN
     match event:
         case Click():
             strand = profile.clicks
@@ -67,14 +76,16 @@ def fold_event(event: UserEvent, profile: Profile, counters: CounterTable, item:
             strand = profile.contexts
         case Impression():
             strand = profile.impressions
+    if at_ms <= strand.forgotten_before_ms:
+        return Outcome.FORGOTTEN
     if is_repeat(strand, event.event_id):
         return Outcome.REPEATED
 
-    profile.events += 1
-    if profile.first_at_ms is None or at_ms < profile.first_at_ms:
-        profile.first_at_ms = at_ms
-    if profile.last_at_ms is None or at_ms > profile.last_at_ms:
-        profile.last_at_ms = at_ms
+    strand.events += 1
+    if strand.first_at_ms is None or at_ms < strand.first_at_ms:
+        strand.first_at_ms = at_ms
+    if strand.last_at_ms is None or at_ms > strand.last_at_ms:
+        strand.last_at_ms = at_ms
     match event:
         case Click():
             _fold_click(event, at_ms, profile, counters, item)
@@ -87,16 +98,32 @@ def fold_event(event: UserEvent, profile: Profile, counters: CounterTable, item:
     return Outcome.APPLIED
 
 
-def fold_erasure(profile: Profile, at_ms: int) -> Profile:
-    """Returns the empty profile of a user who asked, at `at_ms`, to be forgotten.
+def fold_erasure(profile: Profile, at_ms: int, streams: Iterable[Stream] = STREAMS) -> Profile:
+    """Returns the profile of a user who asked, at `at_ms`, that what `streams` have told be forgotten.
 
     It keeps the moment, so that the same events read again from the log are not learnt again. Item counters keep
-    their decayed sums: they name nobody.
+    their decayed sums: they name nobody. Whoever asks puts one erasure in each of the four streams, all stamped with
+    the same time, and each is folded into its own stream's share: then the result does not depend on how the
+    streams interleave.
     """
-    return Profile(profile.user_id, forgotten_before_ms=max(at_ms, profile.forgotten_before_ms))
+    kept = msgspec.structs.replace(profile)
+    for stream in streams:
+        forgotten_ms = max(at_ms, getattr(profile, stream).forgotten_before_ms)
+        setattr(kept, stream, Strand(forgotten_before_ms=forgotten_ms))
+        # By event time, so that it makes no difference whether another stream's touches pushed some out before.
+        kept.recent = [touch for touch in kept.recent if touch.at_ms > at_ms or _stream_of(touch) != stream]
+        if stream == "ratings":
+            kept.reviews = []
+        if stream == "contexts":
+            kept.context = None
+    return kept
 
 
-def _fold_click(click: Click, at_ms: int, profile: Profile, counters: CounterTable, item: Item | None) -> None:
+def _stream_of(touch: Touch) -> Stream:
+    return "ratings" if touch.action == "rate" else "clicks"
+
+
+def _fold_click(click: Click, at_ms: int, profile: Profile, counters: CounterTable, item: HasTopics | None) -> None:
     strand, action, item_id = profile.clicks, click.action, click.item_id
     dwell_s = click.dwell_s or 0.0
     strand.counts[action] = strand.counts.get(action, 0) + 1
@@ -130,7 +157,7 @@ def _fold_covisits(strand: Strand, item_id: ItemId, at_ms: int, counters: Counte
         del strand.last_items[0]
 
 
-def _fold_rating(rating: Rating, at_ms: int, profile: Profile, counters: CounterTable, item: Item | None) -> None:
+def _fold_rating(rating: Rating, at_ms: int, profile: Profile, counters: CounterTable, item: HasTopics | None) -> None:
     strand, item_id, share = profile.ratings, rating.item_id, rating.share
     strand.counts["rate"] = strand.counts.get("rate", 0) + 1
     apply_touch(profile, Touch(at_ms, item_id, "rate", share))

@@ -14,6 +14,10 @@ from tailrace.settings import KafkaSettings
 from tailrace.topics import USER_STREAMS, tailrace_topics
 
 
+# A broker that comes back is noticed within a second, and one that is away is reported within five.
+_CLIENT_DEFAULTS = {"client_id": "tailrace", "reconnect_backoff_max_ms": 1000, "bootstrap_timeout_ms": 5000}
+
+
 def partition_of(key: str, partitions: int) -> int:
     """Returns the partition Kafka's default partitioner (murmur2) gives a key, so a reader finds it alone."""
     return int((murmur2(key.encode()) & 0x7FFFFFFF) % partitions)
@@ -48,7 +52,7 @@ def _connect(client: Any, kafka: KafkaSettings, **options: Any) -> Any:
     try:
         return client(
             bootstrap_servers=kafka.bootstrap_servers.split(","),
-            **{"client_id": "tailrace", **kafka.security, **options},
+            **(_CLIENT_DEFAULTS | kafka.security | options),
         )
     except (KafkaError, OSError) as error:
         raise BrokerUnavailable(f"Kafka at {kafka.bootstrap_servers} does not answer: {error}") from error
@@ -91,12 +95,12 @@ def create_topics(kafka: KafkaSettings) -> dict[str, str]:
 
 
 def stream_lag(admin: Any, kafka: KafkaSettings, group: str) -> dict[tuple[str, int], int]:
-    """Returns, by stream role and partition, how many records the workers have yet to fold. Raises BrokerUnavailable."""
+    """Returns how many records the workers have yet to fold, by stream and partition. Raises BrokerUnavailable."""
     topics = tailrace_topics(kafka)
     names = {topics[role].name: role for role in USER_STREAMS}
     partitions = [TopicPartition(name, index) for name in names for index in range(kafka.user_partitions)]
     try:
-        ends = admin.list_partition_offsets({partition: OffsetSpec.LATEST for partition in partitions})
+        ends = admin.list_partition_offsets(dict.fromkeys(partitions, OffsetSpec.LATEST))
         done = admin.list_group_offsets({group: partitions})[group]
     except KafkaError as error:
         raise BrokerUnavailable(f"Kafka at {kafka.bootstrap_servers} failed: {error}") from error

@@ -1,8 +1,9 @@
 """Profiles: what is known of one user, bounded in every direction, and nothing a reader could not recompute.
 
-A profile is a product of independent folds, one `Strand` per stream, plus a few fields that do not depend on
-order (a top-k by time, a minimum, a maximum, a count). So the bytes of a profile depend on each stream's own order,
-which Kafka keeps, and never on how a partition's streams interleave, which nothing keeps.
+A profile is a product of independent folds, one `Strand` per stream, plus the newest touches of two streams, which
+do not depend on order (a top-k by time). So the bytes of a profile depend on each stream's own order, which Kafka
+keeps, and never on how a partition's streams interleave, which nothing keeps. That holds for forgetting, too: each
+stream tells its own strand to forget.
 """
 
 from bisect import insort
@@ -42,6 +43,10 @@ class Strand(msgspec.Struct, array_like=True):
     last_items: list[ItemId] = []
     counts: dict[str, int] = {}
     dwell_s: float = 0.0
+    events: int = 0
+    first_at_ms: int | None = None
+    last_at_ms: int | None = None
+    forgotten_before_ms: int = -1
 
 
 class Review(msgspec.Struct, frozen=True, array_like=True):
@@ -58,10 +63,6 @@ class Profile(msgspec.Struct):
 
     user_id: UserId
     schema: int = PROFILE_SCHEMA
-    events: int = 0
-    first_at_ms: int | None = None
-    last_at_ms: int | None = None
-    forgotten_before_ms: int = -1
     recent: list[Touch] = []
     clicks: Strand = msgspec.field(default_factory=Strand)
     ratings: Strand = msgspec.field(default_factory=Strand)
@@ -69,6 +70,26 @@ class Profile(msgspec.Struct):
     contexts: Strand = msgspec.field(default_factory=Strand)
     context: Context | None = None
     reviews: list[Review] = []
+
+    @property
+    def strands(self) -> tuple[Strand, Strand, Strand, Strand]:
+        """What each of the four streams has told."""
+        return self.clicks, self.ratings, self.impressions, self.contexts
+
+    @property
+    def events(self) -> int:
+        """How many events are in the profile."""
+        return sum(strand.events for strand in self.strands)
+
+    @property
+    def first_at_ms(self) -> int | None:
+        """The time of the oldest event in the profile; None before the first."""
+        return min((strand.first_at_ms for strand in self.strands if strand.first_at_ms is not None), default=None)
+
+    @property
+    def last_at_ms(self) -> int | None:
+        """The time of the newest event in the profile; None before the first."""
+        return max((strand.last_at_ms for strand in self.strands if strand.last_at_ms is not None), default=None)
 
 
 def is_repeat(strand: Strand, event_id: EventId) -> bool:

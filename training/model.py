@@ -1,9 +1,9 @@
 """The one-way split BERT ranker, as torch modules. Knows nothing of files, ONNX, Kafka or where features come from.
 
 User tokens see only the user. Item tokens see the user and their own item, and their positions restart with every
-item, so a score never depends on which other candidates are scored beside it. Below layer k (`split_depth`) item
+item, so a score never depends on which other candidates are scored beside it. Below layer k (`split_layer`) item
 tokens do not see the user either: their states after layer k belong to the item alone and are computed once per item,
-optionally pooled to T (`states_per_item`) states. From layer k on, each item state attends in one softmax to the
+optionally pooled to T (`item_states`) states. From layer k on, each item state attends in one softmax to the
 user's keys and values of that layer and to the states of its own item. k=0 with all tokens is a cross-encoder whose
 user half is shared by all candidates; k=L is two towers.
 
@@ -16,7 +16,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.models.bert.modeling_bert import BertLayer, BertModel
+
+from training.bert import Bert, BertLayer
 
 # Added to the attention score of padding: far below any real score, and still a finite float16.
 MASKED = -1e4
@@ -65,28 +66,25 @@ class SplitRanker(nn.Module):
 
     def __init__(
         self,
-        bert: BertModel,
+        bert: Bert,
         *,
-        split_depth: int = 3,
-        states_per_item: int | None = 4,
+        split_layer: int = 3,
+        item_states: int = 4,
         feature_names: Sequence[str],
         prior: Mapping[str, float],
         head_width: int = 64,
     ) -> None:
-        """`states_per_item` None keeps every token. Raises ValueError where the split or the prior does not fit."""
+        """`item_states` 0 keeps every token. Raises ValueError where the split or the prior does not fit."""
         super().__init__()
-        config = bert.config
-        if not 0 <= split_depth <= config.num_hidden_layers:
-            raise ValueError(f"split_depth {split_depth} is not within 0..{config.num_hidden_layers}")
-        if states_per_item is not None and states_per_item < 1:
-            raise ValueError(f"states_per_item {states_per_item} is not a positive number or None")
+        if not 0 <= split_layer <= bert.shape.num_hidden_layers:
+            raise ValueError(f"split_layer {split_layer} is not within 0..{bert.shape.num_hidden_layers}")
+        if item_states < 0:
+            raise ValueError(f"item_states {item_states} is negative; 0 keeps every token")
         self.bert = bert
-        self.split_depth = split_depth
-        self.states_per_item = states_per_item
+        self.split_layer = split_layer
+        self.item_states = item_states
         self.feature_names = tuple(feature_names)
-        self.num_heads = int(config.num_attention_heads)
-        self.head_size = int(config.hidden_size) // self.num_heads
-        self.head = Head(config.hidden_size, feature_names, prior, head_width)
+        self.head = Head(bert.shape.hidden_size, feature_names, prior, head_width)
 
     def forward(
         self, user_tokens: Tensor, user_mask: Tensor, item_tokens: Tensor, item_mask: Tensor, features: Tensor
@@ -114,20 +112,20 @@ class SplitRanker(nn.Module):
 
         `table` replaces the word embeddings (export hands it in as an input, to keep it out of the graph).
         """
-        states = self._embed(user_tokens, table)
+        states = self.bert.embed(user_tokens, table)
         bias = _attention_bias(user_mask)
         all_keys, all_values = [], []
         for depth, layer in enumerate(self._layers):
-            query, key, value = self._project(layer, states)
-            if depth >= self.split_depth:
+            query, key, value = layer.project(states)
+            if depth >= self.split_layer:
                 all_keys.append(key.transpose(-1, -2))
                 all_values.append(value)
-            states = self._attend_within(layer, states, query, key, value, bias)
+            states = layer(states, query, key, value, bias)
         vectors = F.normalize(_masked_mean(states, user_mask), dim=-1)
         if not all_keys:  # two towers: nothing above the split attends
-            batch, width = user_tokens.shape
-            shape = (batch, 0, self.num_heads)
-            return states.new_zeros(*shape, self.head_size, width), states.new_zeros(*shape, width, self.head_size), vectors
+            _, heads, width, size = value.shape
+            none = states.new_zeros(len(states), 0, heads, width, size)
+            return none.transpose(-1, -2), none, vectors
         return torch.stack(all_keys, 1), torch.stack(all_values, 1), vectors
 
     def encode_items(
@@ -137,16 +135,16 @@ class SplitRanker(nn.Module):
 
         The vectors take the layers above the split too; without them they come back empty, which training prefers.
         """
-        states = self._embed(item_tokens, table)
+        states = self.bert.embed(item_tokens, table)
         bias = _attention_bias(item_mask)
         kept, kept_mask = states, item_mask
         for depth, layer in enumerate([*self._layers, None]):
-            if depth == self.split_depth:
+            if depth == self.split_layer:
                 kept, kept_mask = self._pool_segments(states, item_mask)
                 if not with_vectors:
                     return kept, kept_mask, states.new_zeros(0)
             if layer is not None:
-                states = self._attend_within(layer, states, *self._project(layer, states), bias)
+                states = layer(states, *layer.project(states), bias)
         return kept, kept_mask, F.normalize(_masked_mean(states, item_mask), dim=-1)
 
     def score(
@@ -155,97 +153,66 @@ class SplitRanker(nn.Module):
         user_values: Tensor,
         user_mask: Tensor,
         user_vectors: Tensor,
-        item_states: Tensor,
-        item_state_mask: Tensor,
+        states: Tensor,
+        state_mask: Tensor,
         features: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns click logits [B,N], ratings [B,N] and the pooled top states [B,N,H] of candidates [B,N,T,H]."""
-        batch, count, per_item, hidden = item_states.shape
-        states = item_states.reshape(batch, count * per_item, hidden)
+        batch, count, per_item, hidden = states.shape
+        states = states.reshape(batch, count * per_item, hidden)
         user_bias = _attention_bias(user_mask)
-        own_bias = _attention_bias(item_state_mask.reshape(batch * count, per_item))
+        own_bias = _attention_bias(state_mask.reshape(batch * count, per_item))
         own_bias = own_bias.reshape(batch, 1, count, 1, per_item)
-        for depth, layer in enumerate(self._layers[self.split_depth :]):
+        for depth, layer in enumerate(self._layers[self.split_layer :]):
             states = self._attend_jointly(
                 layer, states, user_keys[:, depth], user_values[:, depth], user_bias, own_bias
             )
-        pooled = _masked_mean(states.reshape(batch * count, per_item, hidden), item_state_mask.reshape(-1, per_item))
+        pooled = _masked_mean(states.reshape(batch * count, per_item, hidden), state_mask.reshape(-1, per_item))
         pooled = pooled.reshape(batch, count, hidden)
         match = (F.normalize(pooled, dim=-1) * user_vectors.unsqueeze(1)).sum(-1)
         click_logits, ratings = self.head(pooled, match, features)
         return click_logits, ratings, pooled
 
     @property
-    def _layers(self) -> Sequence[BertLayer]:
-        return self.bert.encoder.layer  # type: ignore[return-value]  # a ModuleList is not typed by its members
-
-    def _embed(self, tokens: Tensor, table: Tensor | None) -> Tensor:
-        """Returns the embedded tokens [B,M,H]; positions start at 0, token type is 0."""
-        embeddings = self.bert.embeddings
-        words = F.embedding(tokens, embeddings.word_embeddings.weight if table is None else table)
-        fixed = embeddings.position_embeddings.weight[: tokens.shape[1]] + embeddings.token_type_embeddings.weight[0]
-        embedded: Tensor = embeddings.dropout(embeddings.LayerNorm(words + fixed))
-        return embedded
-
-    def _project(self, layer: BertLayer, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns scaled queries, keys and values, each [B,h,M,d], by one product."""
-        attention = layer.attention.self
-        scale = self.head_size**-0.5
-        weight = torch.cat([attention.query.weight * scale, attention.key.weight, attention.value.weight])
-        bias = torch.cat([attention.query.bias * scale, attention.key.bias, attention.value.bias])
-        batch, count, _ = states.shape
-        joined = F.linear(states, weight, bias).reshape(batch, count, 3, self.num_heads, self.head_size)
-        query, key, value = joined.permute(2, 0, 3, 1, 4).unbind(0)
-        return query, key, value
-
-    def _attend_within(
-        self, layer: BertLayer, states: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor
-    ) -> Tensor:
-        """Returns the states after a plain BERT layer."""
-        weights = torch.softmax(query @ key.transpose(-1, -2) + bias, -1)
-        context = layer.attention.self.dropout(weights) @ value
-        return _finish(layer, states, context.transpose(1, 2).reshape(states.shape))
+    def _layers(self) -> list[BertLayer]:
+        return [layer for layer in self.bert.layers if isinstance(layer, BertLayer)]
 
     def _attend_jointly(
-        self, layer: BertLayer, states: Tensor, user_key: Tensor, user_value: Tensor, user_bias: Tensor, own_bias: Tensor
+        self,
+        layer: BertLayer,
+        states: Tensor,
+        user_key: Tensor,
+        user_value: Tensor,
+        user_bias: Tensor,
+        own_bias: Tensor,
     ) -> Tensor:
         """Returns item states [B,N*T,H] after a layer in which each sees the user and its own item's states.
 
         All candidates meet the user's keys in one product per head; only the T by T products are per item.
         """
-        batch, total, _ = states.shape
+        batch, heads, num_user = user_value.shape[:3]
         count, per_item = own_bias.shape[2], own_bias.shape[4]
-        num_user = user_key.shape[-1]
-        by_item = (batch, self.num_heads, count, per_item, self.head_size)
-        query, key, value = self._project(layer, states)
+        query, key, value = layer.project(states)
+        by_item = (batch, heads, count, per_item, layer.head_size)
         to_user = query @ user_key + user_bias
         to_own = query.reshape(by_item) @ key.reshape(by_item).transpose(-1, -2) + own_bias
-        scores = torch.cat([to_user, to_own.reshape(batch, self.num_heads, total, per_item)], -1)
-        weights = layer.attention.self.dropout(torch.softmax(scores, -1))
+        weights = layer.weigh(torch.cat([to_user, to_own.reshape(batch, heads, -1, per_item)], -1))
         on_user, on_own = weights.split([num_user, per_item], -1)
-        from_own = on_own.reshape(*by_item[:-1], per_item) @ value.reshape(by_item)
-        context = on_user @ user_value + from_own.reshape(batch, self.num_heads, total, self.head_size)
-        return _finish(layer, states, context.transpose(1, 2).reshape(states.shape))
+        from_own = on_own.reshape(batch, heads, count, per_item, per_item) @ value.reshape(by_item)
+        return layer.finish(states, on_user @ user_value + from_own.reshape(query.shape))
 
     def _pool_segments(self, states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Returns T means over contiguous segments of the real tokens [N,T,H], and which segments hold any [N,T]."""
-        if self.states_per_item is None:
+        if self.item_states == 0:
             return states, mask
         # Token j of n falls into segment t where t*n <= j*T < (t+1)*n: whole numbers, so no rounding differs by device.
         total = mask.sum(1).reshape(-1, 1, 1)
-        place = torch.arange(mask.shape[1], device=mask.device).reshape(1, 1, -1) * self.states_per_item
-        segment = torch.arange(self.states_per_item, device=mask.device).reshape(1, -1, 1)
+        place = torch.arange(mask.shape[1], device=mask.device).reshape(1, 1, -1) * self.item_states
+        segment = torch.arange(self.item_states, device=mask.device).reshape(1, -1, 1)
         inside = (segment * total <= place) & (place < (segment + 1) * total)
         member = (inside & (mask.unsqueeze(1) > 0)).to(states.dtype)
         size = member.sum(-1, keepdim=True)
         return (member / size.clamp(min=1.0)) @ states, (size.squeeze(-1) > 0).to(mask.dtype)
-
-
-def _finish(layer: BertLayer, states: Tensor, context: Tensor) -> Tensor:
-    """Returns the layer's output: residual, norm and feed-forward around the attention's context."""
-    attended = layer.attention.output(context, states)
-    finished: Tensor = layer.output(layer.intermediate(attended), attended)
-    return finished
 
 
 def _attention_bias(mask: Tensor) -> Tensor:

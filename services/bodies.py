@@ -1,0 +1,115 @@
+"""What goes over HTTP: the bodies of the API, decoded strictly. An unknown field is an error that names it."""
+
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from services.candidates import Filters
+from services.problem import Problem
+from tailrace.events import Scalar, ShortText, invalid_record
+from tailrace.ids import ItemId, ItemIdField, ModelVersion, RequestId, UserIdField
+
+Degraded = Literal["none", "no_text", "no_profile", "popular"]
+
+
+class RequestContext(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Where and with what the user asks, now. A field given here overrides the user's last known context."""
+
+    device: ShortText | None = None
+    platform: ShortText | None = None
+    locale: ShortText | None = None
+    country: ShortText | None = None
+    region: ShortText | None = None
+    place: ShortText | None = None
+    session_id: ShortText | None = None
+    attributes: Annotated[dict[ShortText, Scalar], Meta(max_length=32)] = {}
+
+
+class RecommendationRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What an app asks for."""
+
+    user_id: UserIdField
+    n: Annotated[int, Meta(ge=1, le=100, description="how many items")] = 10
+    context: RequestContext | None = None
+    query: Annotated[str | None, Meta(description="what the user is looking for, in words")] = None
+    candidates: Annotated[
+        list[ItemIdField] | None, Meta(description="rank these instead of the catalogue; unknown ones are left out")
+    ] = None
+    filters: Filters = Filters()
+    exclude: Annotated[list[ItemIdField], Meta(max_length=2000, description="never these items")] = []
+    explain: Annotated[bool, Meta(description="add reasons and timings")] = False
+    dry_run: Annotated[bool, Meta(description="log no impression; use for tests and previews")] = False
+    include_seen: Annotated[bool, Meta(description="also items the user has already touched")] = False
+
+    def __post_init__(self) -> None:
+        if self.query is not None and len(self.query) > 1000:
+            raise ValueError("query is longer than 1000 characters")
+        if self.candidates is not None and not 1 <= len(self.candidates) <= 1000:
+            raise ValueError("candidates must name 1 to 1000 items, or be left out")
+
+
+class RecommendedItem(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One item of an answer. `source` is where the candidate came from."""
+
+    item_id: ItemId
+    title: str
+    position: int
+    score: float
+    source: str
+    explored: bool
+    reasons: list[str] | None = None
+
+
+class RecommendationAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """An answer. `degraded` names the rung of the ladder it came from; quote `request_id` in events it causes."""
+
+    request_id: RequestId
+    model_version: ModelVersion
+    profile_age_ms: int | None
+    profile_events: int
+    degraded: Degraded
+    took_ms: float
+    items: list[RecommendedItem]
+    timings: dict[str, float] | None = None
+
+
+class Asked(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the gateway asks a ranker replica. `budget_s` is the time left; `profile` is as stored."""
+
+    request_id: RequestId
+    request: RecommendationRequest
+    profile: bytes | None
+    now_ms: int
+    budget_s: float
+
+
+class RankedAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a ranker replica answers. `impression` is the encoded event, ready for Kafka. Timings in ms by stage."""
+
+    model_version: ModelVersion
+    degraded: Degraded
+    items: list[RecommendedItem]
+    impression: bytes
+    timings: dict[str, float]
+
+
+Body = TypeVar("Body")
+
+recommendation_decoder = msgspec.json.Decoder(RecommendationRequest)
+
+
+def decode_body(decoder: msgspec.json.Decoder[Body], body: bytes) -> Body:
+    """Returns the decoded body. Raises Problem 400 for what is not JSON, InvalidRecord naming the field otherwise."""
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise invalid_record(error) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise Problem(400, "not-json", f"the body is not JSON: {error}") from error
+
+
+def schemas_of(*types: Any) -> dict[str, Any]:
+    """Returns OpenAPI component schemas of the given types and of all they refer to."""
+    _, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    return components

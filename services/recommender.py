@@ -1,0 +1,308 @@
+"""From a user to a slate: `recommend` is the page to read first. It runs in a ranker replica and touches nothing.
+
+The gateway hands over the profile as stored; the catalogue and the model are the replica's own. Where the text half of
+the model is late or fails, the answer comes from the prior over counters and cosines instead, and says so.
+
+Shapes: N candidates, n slots, R recent items, F features, D vector size.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import msgspec
+import numpy as np
+
+from services.bodies import Asked, Degraded, RankedAnswer, RecommendedItem, RequestContext
+from services.candidates import Candidates, PoolRequest, build_pool
+from services.encodings import ItemEncodings
+from services.explain import explain, gather_evidence
+from services.slate import Slot, build_slate
+from tailrace.catalogue import Catalogue, Rows
+from tailrace.errors import Overloaded, ScoringError, TooLate
+from tailrace.events import Context, Impression, Ranked, Scalar, encode
+from tailrace.features import (
+    FEATURE_NAMES_HASH,
+    Floats,
+    compute_features,
+    encode_features,
+    history_items,
+    history_mean,
+    make_cosines,
+    prior_scores,
+)
+from tailrace.ids import EventId, ItemId, ModelVersion, RequestId
+from tailrace.items import Item
+from tailrace.profile import Profile, current_context, decode_profile
+from tailrace.settings import RankerSettings, SlateSettings
+from tailrace.text import now_interests, render_item, render_user
+
+# The share of a request's time that the text model may use; the rest is enough to answer without it.
+_TEXT_SHARE = 0.8
+_NEUTRAL_RATING = 3.0
+
+# What the text half may fail of while the answer goes on without it.
+OPTIONAL_FAILURES = (TooLate, Overloaded, ScoringError)
+
+
+class TextModel(Protocol):
+    """What `recommend` asks of a loaded model. Each call raises TooLate, Overloaded or ScoringError."""
+
+    version: ModelVersion
+    encodings: ItemEncodings
+
+    def encode_user(self, text: str, deadline: float) -> Any:
+        """Returns the user's text as the model sees it; its `vectors` is float32 [1, D]."""
+
+    def embed(self, text: str, deadline: float) -> Floats:
+        """Returns float32 [D]: the unit vector of a text."""
+
+    def score(self, user: Any, rows_N: Rows, features_NF: Floats, deadline: float) -> tuple[Floats, Floats]:
+        """Returns click logits [N] and ratings [N], 1 to 5."""
+
+
+def recommend(
+    asked: Asked,
+    catalogue: Catalogue,
+    model: TextModel,
+    ranker: RankerSettings,
+    slate_settings: SlateSettings,
+    clock: Callable[[], float] = time.monotonic,
+) -> RankedAnswer:
+    """Returns the slate for one request, with its impression, and how long each stage took.
+
+    `clock` counts monotonic seconds; event time is `asked.now_ms`, and chance is seeded by the request id.
+    """
+    request, now_ms = asked.request, asked.now_ms
+    rng = np.random.default_rng(list(asked.request_id.encode()))
+    stages = Stages(clock)
+    deadline = stages.started + asked.budget_s * _TEXT_SHARE
+
+    # 1. Who asks, and where they are.
+    profile = Profile(request.user_id) if asked.profile is None else decode_profile(asked.profile)
+    context = merge_context(request.context, profile, asked.request_id, now_ms)
+    stages.end("profile")
+
+    # 2. The user in words, and encoded: once, however many candidates follow.
+    user_text = render_user(profile, context, request.query, catalogue.item, now_ms)
+    user, query_D = _encode(model, user_text, request.query, deadline)
+    user_D = None if user is None else user.vectors[0]
+    stages.end("encode")
+
+    # 3. A few hundred candidates: near the user, the query and what the user touched last, or what is of the moment.
+    recent, recent_RD = _recent_vectors(model.encodings, catalogue, profile)
+    pool = build_pool(
+        catalogue,
+        model.encodings.vectors,
+        PoolRequest(
+            profile=profile,
+            now_ms=now_ms,
+            num_candidates=ranker.num_candidates,
+            user_D=user_D,
+            query_D=query_D,
+            history_D=history_mean(recent_RD),
+            candidates=request.candidates,
+            exclude=request.exclude,
+            filters=request.filters,
+            keep_seen=request.include_seen,
+        ),
+        rng,
+    )
+    drawn = _draw_up(pool, catalogue, model.encodings)
+    stages.end("candidates")
+
+    # 4. Fresh numbers beside the text.
+    cosines = make_cosines(drawn.vectors_ND, user_D, query_D, recent_RD)
+    features_NF = compute_features(catalogue, drawn.rows_N, profile, context, query_D is not None, cosines, now_ms)
+    stages.end("features")
+
+    # 5. Scores: from the model, or from the prior where the model is not there in time.
+    scores_N, degraded = _score(model, user, drawn.rows_N, features_NF, slate_settings.rating_weight, deadline)
+    stages.end("score")
+
+    # 6. The slate: relevance, diversity, a little exploration.
+    slots = build_slate(
+        scores_N,
+        drawn.vectors_ND,
+        [item.tags for item in drawn.items_N],
+        n=request.n,
+        diversity=slate_settings.diversity,
+        max_per_tag=slate_settings.max_per_tag,
+        exploration=slate_settings.exploration,
+        explore_pool=slate_settings.explore_pool,
+        rng=rng,
+    )
+    stages.end("slate")
+
+    # 7. Why each item is in it, if asked.
+    placed = np.array([slot.index for slot in slots], dtype=np.int64)
+    reasons: list[list[str] | None] = [None] * len(slots)
+    if request.explain:
+        evidence = gather_evidence(
+            catalogue,
+            drawn.rows_N[placed],
+            features_NF[placed],
+            [drawn.sources_N[slot.index] for slot in slots],
+            [slot.explored for slot in slots],
+            profile,
+            drawn.vectors_ND[placed],
+            recent,
+            recent_RD,
+            now_ms,
+        )
+        interests = now_interests(profile, now_ms)
+        reasons = [one and explain(one, query=request.query, interests=interests) for one in evidence]
+    stages.end("reasons")
+
+    # 8. The impression: exactly what was ranked on, for the slate and for a sample of those that lost.
+    impression = b""
+    if not request.dry_run:
+        lost = rng.permutation(np.setdiff1d(np.arange(len(scores_N)), placed))[: slate_settings.unshown_logged]
+        impression = encode(
+            Impression(
+                event_id=EventId(asked.request_id),
+                request_id=asked.request_id,
+                user_id=request.user_id,
+                occurred_at=now_ms,
+                model_version=model.version,
+                feature_names_hash=FEATURE_NAMES_HASH,
+                user_text=user_text,
+                shown=[_as_ranked(drawn, features_NF, scores_N, slot.index, slot) for slot in slots],
+                unshown=[_as_ranked(drawn, features_NF, scores_N, int(index), None) for index in lost],
+                num_candidates=len(scores_N),
+                query=request.query,
+                context=flat_context(context),
+                degraded=degraded,
+                profile_age_ms=profile_age_ms(profile, now_ms),
+            )
+        )
+    stages.end("impression")
+    return RankedAnswer(
+        model_version=model.version,
+        degraded=degraded,
+        items=[_as_item(drawn, slot, why) for slot, why in zip(slots, reasons, strict=True)],
+        impression=impression,
+        timings=stages.took_ms,
+    )
+
+
+class Stages:
+    """How long each stage took, in milliseconds."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.started = clock()
+        self.took_ms: dict[str, float] = {}
+        self._clock = clock
+        self._last = self.started
+
+    def end(self, stage: str) -> None:
+        """Notes the end of a stage."""
+        now = self._clock()
+        self.took_ms[stage] = round((now - self._last) * 1000, 3)
+        self._last = now
+
+
+@dataclass(frozen=True)
+class DrawnUp:
+    """The candidates of one request, fixed: later changes of the catalogue do not reach them."""
+
+    rows_N: Rows
+    items_N: list[Item]
+    texts_N: list[str]
+    sources_N: list[str]
+    vectors_ND: Floats
+
+
+def merge_context(given: RequestContext | None, profile: Profile, request_id: RequestId, now_ms: int) -> Context | None:
+    """Returns the context that holds for this request: the user's current one, overridden by what the caller says."""
+    held = current_context(profile, now_ms)
+    if given is None:
+        return held
+    told = {name: value for name, value in msgspec.structs.asdict(given).items() if value}
+    if held is None or "country" in told or "locale" in told:
+        told["occurred_at"] = now_ms  # the zone of the old stamp no longer tells where the user is
+    if held is None:
+        return Context(event_id=EventId(request_id), user_id=profile.user_id, **told)
+    return msgspec.structs.replace(held, **told)
+
+
+def flat_context(context: Context | None) -> dict[str, Scalar]:
+    """Returns the context as an impression carries it: attributes and named fields in one flat table."""
+    if context is None:
+        return {}
+    named = {name: getattr(context, name) for name in RequestContext.__struct_fields__ if name != "attributes"}
+    return {**context.attributes, **{name: value for name, value in named.items() if value is not None}}
+
+
+def profile_age_ms(profile: Profile, now_ms: int) -> int | None:
+    """Returns how long ago the newest event of the profile happened, in ms; None for an empty profile."""
+    return None if profile.last_at_ms is None else max(now_ms - profile.last_at_ms, 0)
+
+
+def _encode(model: TextModel, text: str, query: str | None, deadline: float) -> tuple[Any, Floats | None]:
+    try:
+        return model.encode_user(text, deadline), model.embed(query, deadline) if query else None
+    except OPTIONAL_FAILURES:
+        return None, None
+
+
+def _score(
+    model: TextModel, user: Any, rows_N: Rows, features_NF: Floats, rating_weight: float, deadline: float
+) -> tuple[Floats, Degraded]:
+    if len(rows_N) == 0:
+        return np.zeros(0, dtype=np.float32), "none" if user is not None else "no_text"
+    if user is not None:
+        try:
+            clicks_N, ratings_N = model.score(user, rows_N, features_NF, deadline)
+            return clicks_N + rating_weight * (ratings_N - _NEUTRAL_RATING), "none"
+        except OPTIONAL_FAILURES:
+            pass  # the caller is told by the rung, and the rungs are counted
+    return prior_scores(features_NF), "no_text"
+
+
+def _recent_vectors(encodings: ItemEncodings, catalogue: Catalogue, profile: Profile) -> tuple[list[ItemId], Floats]:
+    found = [(item_id, row) for item_id in history_items(profile) if (row := catalogue.row(item_id)) is not None]
+    ready = set(encodings.ready(np.array([row for _, row in found], dtype=np.int64)).tolist())
+    kept = [(item_id, row) for item_id, row in found if row in ready]
+    return [item_id for item_id, _ in kept], encodings.vectors[[row for _, row in kept]]
+
+
+def _draw_up(pool: Candidates, catalogue: Catalogue, encodings: ItemEncodings) -> DrawnUp:
+    ready = set(encodings.ready(pool.rows_N).tolist())
+    items = zip(pool.rows_N.tolist(), catalogue.items_at(pool.rows_N), pool.sources_N, strict=True)
+    kept = [(row, item, source) for row, item, source in items if item is not None and row in ready]
+    rows = [row for row, _, _ in kept]
+    return DrawnUp(
+        rows_N=np.array(rows, dtype=np.int64),
+        items_N=[item for _, item, _ in kept],
+        texts_N=[encodings.texts[row] or render_item(item) for row, item, _ in kept],
+        sources_N=[source for _, _, source in kept],
+        vectors_ND=encodings.vectors[rows],
+    )
+
+
+def _as_item(drawn: DrawnUp, slot: Slot, reasons: list[str] | None) -> RecommendedItem:
+    item = drawn.items_N[slot.index]
+    return RecommendedItem(
+        item_id=item.item_id,
+        title=item.title,
+        position=slot.position,
+        score=round(slot.score, 6),
+        source=drawn.sources_N[slot.index],
+        explored=slot.explored,
+        reasons=reasons,
+    )
+
+
+def _as_ranked(drawn: DrawnUp, features_NF: Floats, scores_N: Floats, index: int, slot: Slot | None) -> Ranked:
+    return Ranked(
+        item_id=drawn.items_N[index].item_id,
+        text=drawn.texts_N[index],
+        features=encode_features(features_NF[index]),
+        score=float(scores_N[index]),
+        source=drawn.sources_N[index],
+        position=None if slot is None else slot.position,
+        propensity=None if slot is None else slot.propensity,
+        explored=slot is not None and slot.explored,
+    )

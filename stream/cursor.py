@@ -1,0 +1,164 @@
+"""Where a worker reads: the consumer of its partitions of the four user streams, placed at the offsets of the store.
+
+Knows Kafka and offsets; knows nothing of profiles. Owned by one thread, as every kafka-python consumer is.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import structlog
+from kafka import TopicPartition
+from kafka.errors import KafkaError, LogTruncationError, OffsetOutOfRangeError
+from kafka.structs import OffsetAndMetadata
+
+from tailrace.kafka_clients import create_topics, open_consumer
+from tailrace.settings import Settings
+from tailrace.stores.store import Offset
+from tailrace.topics import USER_STREAMS, tailrace_topics
+
+log = structlog.get_logger()
+
+Records = dict[str, Sequence[Any]]  # of one partition: ConsumerRecords by stream, each in offset order
+
+_COMMIT_INTERVAL_S = 0.5
+_LOOK_INTERVAL_S = 1.0
+_ANSWER_TIMEOUT_MS = 5000
+# A partition whose fetched records were only partly taken sits out the fetch in flight (kafka-python leaves it out
+# of the request), so an idle fetch must come back soon.
+_FETCH_MAX_WAIT_MS = 50
+
+
+class StreamCursor:
+    """Reads the worker's partitions; each starts held, until `place` has put it at its stored offsets."""
+
+    def __init__(self, settings: Settings, partitions: Sequence[int]) -> None:
+        self._kafka = settings.kafka
+        topics = tailrace_topics(settings.kafka)
+        self._name_of = {stream: topics[stream].name for stream in USER_STREAMS}
+        self._stream_of = {name: stream for stream, name in self._name_of.items()}
+        self._places = {n: [TopicPartition(self._name_of[s], n) for s in USER_STREAMS] for n in partitions}
+        self._topic_ids = {s: i for s, i in create_topics(settings.kafka).items() if s in USER_STREAMS}
+        self.skipped_records = 0
+        self.recreated_topics = 0
+        self._unreachable: dict[TopicPartition, int | None] = {}  # offsets Kafka has refused: where to go instead
+        self._uncommitted: dict[TopicPartition, OffsetAndMetadata] = {}
+        self._next_commit_at = 0.0
+        self._next_look_at = 0.0
+        self._consumer = open_consumer(
+            settings.kafka,
+            group_id=settings.stream.group,
+            auto_offset_reset="none",
+            max_poll_records=settings.stream.max_batch,
+            fetch_min_bytes=1,
+            fetch_max_wait_ms=_FETCH_MAX_WAIT_MS,
+            metadata_max_age_ms=30_000,
+        )
+        places = [place for of_partition in self._places.values() for place in of_partition]
+        self._consumer.assign(places)
+        self._consumer.pause(*places)
+        self._ends = dict.fromkeys(places, 0)
+
+    def place(self, partition: int, stored: Mapping[str, Offset]) -> dict[str, Offset]:
+        """Returns the offsets the partition goes on from, having sought to them. Raises KafkaError.
+
+        Where nothing is stored that is the start of the log. So it is, loudly, where the topic has been created
+        anew, and where retention has passed what is stored: those records are counted as skipped.
+        """
+        places = self._places[partition]
+        starts = self._consumer.beginning_offsets(places, timeout_ms=_ANSWER_TIMEOUT_MS)
+        self._ends |= self._consumer.end_offsets(places, timeout_ms=_ANSWER_TIMEOUT_MS)
+        offsets: dict[str, Offset] = {}
+        for stream, place in zip(USER_STREAMS, places, strict=True):
+            offsets[stream] = Offset(self._topic_ids[stream], self._start(stream, place, stored, starts[place]))
+            self._consumer.seek(place, offsets[stream].next_offset)
+        self._consumer.resume(*places)
+        return offsets
+
+    def _start(self, stream: str, place: TopicPartition, stored: Mapping[str, Offset], first: int) -> int:
+        held = stored.get(stream)
+        where = {"topic": place.topic, "partition": place.partition}
+        if held is None:
+            return first
+        if held.topic_id != self._topic_ids[stream]:
+            self.recreated_topics += 1
+            log.error("topic was created anew; reading it from its start", **where, stored=held.next_offset)
+            return first
+        if held.next_offset < first:
+            self.skipped_records += first - held.next_offset
+            log.error("retention passed the stored offset", **where, stored=held.next_offset, earliest=first)
+            return first
+        if place in self._unreachable:
+            instead = self._unreachable.pop(place)
+            if instead is None:
+                instead = self._ends[place]
+            log.error("the log is shorter than what was read of it", **where, stored=held.next_offset, now=instead)
+            return min(instead, held.next_offset)
+        return held.next_offset
+
+    def hold(self, partition: int) -> None:
+        """Reads nothing more of the partition, until it is placed again."""
+        self._consumer.pause(*self._places[partition])
+
+    def poll(self, timeout_s: float) -> tuple[dict[int, Records], set[int]]:
+        """Returns records by partition, and the partitions that must be placed again. Raises KafkaError."""
+        moved = self._look_for_new_topics()
+        try:
+            polled = self._consumer.poll(timeout_ms=int(timeout_s * 1000))
+        except OffsetOutOfRangeError as error:
+            self._unreachable |= dict.fromkeys(error.args[0])
+            return {}, moved | {place.partition for place in error.args[0]}
+        except LogTruncationError as error:
+            self._unreachable |= {p: o and o.offset for p, o in error.divergent_offsets.items()}
+            return {}, moved | {place.partition for place in error.divergent_offsets}
+        batches: dict[int, Records] = {}
+        for place, records in polled.items():
+            batches.setdefault(place.partition, {})[self._stream_of[place.topic]] = records
+        return batches, moved
+
+    def _look_for_new_topics(self) -> set[int]:
+        now_s = time.monotonic()
+        if now_s < self._next_look_at:
+            return set()
+        self._next_look_at = now_s + _LOOK_INTERVAL_S
+        # The ids of the consumer's own metadata: kafka-python shows them nowhere else, and asking the broker blocks.
+        cluster = self._consumer._cluster
+        found = {stream: cluster.topic_id(name) for stream, name in self._name_of.items()}
+        changed = {s: str(i) for s, i in found.items() if i is not None and str(i) != self._topic_ids[s]}
+        self._topic_ids |= changed
+        return set(self._places) if changed else set()
+
+    def lag(self, partition: int, offsets: Mapping[str, Offset]) -> int:
+        """Returns how many records of the partition stand in Kafka beyond `offsets`, as far as is known."""
+        lag = 0
+        for stream, place in zip(USER_STREAMS, self._places[partition], strict=True):
+            end = max(self._consumer.highwater(place) or 0, self._ends[place])
+            lag += max(end - offsets[stream].next_offset, 0) if stream in offsets else end
+        return lag
+
+    def note_saved(self, partition: int, offsets: Mapping[str, Offset]) -> None:
+        """Notes what may be committed."""
+        for stream, place in zip(USER_STREAMS, self._places[partition], strict=True):
+            self._uncommitted[place] = OffsetAndMetadata(offsets[stream].next_offset, "", -1)
+
+    def commit(self) -> None:
+        """Sends the saved offsets to Kafka, at most twice a second, and does not wait."""
+        now_s = time.monotonic()
+        if self._uncommitted and now_s >= self._next_commit_at:
+            self._next_commit_at = now_s + _COMMIT_INTERVAL_S
+            self._consumer.commit_async(self._uncommitted, callback=_log_failed_commit)
+            self._uncommitted = {}
+
+    def close(self) -> None:
+        """Commits what was saved, briefly waiting, and closes the consumer."""
+        try:
+            if self._uncommitted:
+                self._consumer.commit(self._uncommitted, timeout_ms=2000)
+        except KafkaError as error:
+            log.warning("offsets not committed; the store has them", error=str(error))
+        self._consumer.close(autocommit=False, timeout_ms=2000)
+
+
+def _log_failed_commit(offsets: Mapping[TopicPartition, OffsetAndMetadata], response: object) -> None:
+    if isinstance(response, Exception):
+        log.warning("offsets not committed; the store has them", error=str(response), partitions=len(offsets))

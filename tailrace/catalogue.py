@@ -1,0 +1,318 @@
+"""The table of items and their counters, in memory, fed by the records of `items` and `item-stats`.
+
+Every item has a row; numbers live in arrays by row, so features are gathered for hundreds of candidates at once.
+One lock: the threads that apply records hold it for one record, readers hold it while they copy the rows they ask for.
+What a reader gets is a copy or immutable. Rows of removed items are given to other items no sooner than a
+minute of record time later, so that a request in flight never mistakes one item for another.
+
+Shapes: R rows ever used, N asked for, K kinds (`counters.KINDS`), H half-lives (`counters.HALF_LIVES_S`).
+"""
+
+import threading
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from tailrace.counters import HALF_LIVES_S, KINDS, MAX_TOUCHES, add_decayed, decayed
+from tailrace.errors import InvalidRecord
+from tailrace.events import ItemStats, decode
+from tailrace.ids import ItemId
+from tailrace.items import Item, decode_item
+
+Rows = NDArray[np.int64]
+Floats = NDArray[np.float32]
+Times = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+
+NEVER_MS = -(2**53)  # stands in time columns for "has not happened"
+_REUSE_AFTER_MS = 60_000
+_FIRST_ROWS = 1024
+_HALF_LIVES_MS = np.array(HALF_LIVES_S, dtype=np.float64) * 1000
+_stats_decoder = msgspec.json.Decoder(ItemStats)
+
+
+@dataclass(frozen=True)
+class ItemRows:
+    """Copies of some rows. `sums_NKH` is decayed to the moment asked for; times are epoch ms, NEVER_MS for none."""
+
+    sums_NKH: Floats
+    created_ms_N: Times
+    first_ms_N: Times
+    touches_ms_NT: Times  # newest first
+
+
+class Catalogue:
+    """Items and their counters by row. `apply_item` and `apply_stats` fit `table_reader.ApplyRecord`.
+
+    Counters of an item that has not been announced wait for it, for `max_unannounced` items at most; the one that has
+    waited longest gives way and is counted in `forgotten`.
+    """
+
+    def __init__(self, *, max_unannounced: int = 10_000) -> None:
+        self.forgotten = 0
+        self._max_unannounced = max_unannounced
+        self._lock = threading.RLock()
+        self._row_of: dict[ItemId, int] = {}
+        self._items: list[Item | None] = []
+        self._topics: list[tuple[str, ...]] = []
+        self._topic_rows: dict[str, set[int]] = {}
+        self._topic_arrays: dict[str, Rows] = {}
+        self._free: deque[tuple[int, int]] = deque()  # (row, when freed)
+        self._partials: dict[ItemId, dict[int, ItemStats]] = {}
+        self._unannounced: dict[ItemId, None] = {}  # oldest first
+        self._version = 0
+        self._announced_ms: Times = np.full(_FIRST_ROWS, NEVER_MS, dtype=np.int64)
+        self._created_ms: Times = np.full(_FIRST_ROWS, NEVER_MS, dtype=np.int64)
+        self._first_ms: Times = np.full(_FIRST_ROWS, NEVER_MS, dtype=np.int64)
+        self._touches_ms: Times = np.full((_FIRST_ROWS, MAX_TOUCHES), NEVER_MS, dtype=np.int64)
+        self._sums: Floats = np.zeros((_FIRST_ROWS, len(KINDS), len(HALF_LIVES_S)), dtype=np.float32)
+        self._held_ms: Times = np.zeros((_FIRST_ROWS, len(KINDS)), dtype=np.int64)
+        self._versions: Times = np.zeros(_FIRST_ROWS, dtype=np.int64)
+
+    # Writing: one thread per topic.
+
+    def apply_item(self, item_id: str, value: bytes | None, at_ms: int) -> None:
+        """Adds or changes an item, or removes it where `value` is None. Raises InvalidRecord naming the field."""
+        key = ItemId(item_id)
+        if value is None:
+            with self._lock:
+                self._remove(key, at_ms)
+            return
+        item = decode_item(value)
+        if item.item_id != key:
+            raise InvalidRecord(f"the record's key is {item_id!r}", field="$.item_id")
+        with self._lock:
+            row = self._row_of.get(key)
+            if row is None:
+                row = self._new_row(key, at_ms)
+            elif self._items[row] == item:
+                return
+            self._put(row, item)
+
+    def apply_stats(self, key: str, value: bytes | None, at_ms: int) -> None:
+        """Takes one partition's share of an item's counters (key `partition:item_id`), or drops it where None.
+
+        Shares are absolute: the newest record of a key replaces the one before. Raises InvalidRecord.
+        """
+        partition, _, item_id = key.partition(":")
+        if not partition.isdecimal() or not item_id:
+            raise InvalidRecord("an item-stats key is partition:item_id", field="key")
+        stats = None if value is None else decode(_stats_decoder, value)
+        if stats is not None and any(len(held.sums) != len(HALF_LIVES_S) for held in stats.sums.values()):
+            raise InvalidRecord(f"expected {len(HALF_LIVES_S)} half-lives", field="$.sums")
+        with self._lock:
+            partials = self._partials.setdefault(ItemId(item_id), {})
+            if stats is None:
+                partials.pop(int(partition), None)
+            else:
+                partials[int(partition)] = stats
+            row = self._row_of.get(ItemId(item_id))
+            if row is None:
+                self._await_item(ItemId(item_id))
+            else:
+                self._add_partials(row, ItemId(item_id))
+
+    # Reading: any thread.
+
+    def __len__(self) -> int:
+        """How many items can be recommended."""
+        return len(self._row_of)
+
+    @property
+    def num_rows(self) -> int:
+        """R: rows ever used. Arrays by row that others keep (item vectors) need at least this many."""
+        return len(self._items)
+
+    @property
+    def item_ids(self) -> list[ItemId]:
+        """Every item, in the order of announcement."""
+        with self._lock:
+            return list(self._row_of)
+
+    def item(self, item_id: ItemId) -> Item | None:
+        """Returns the item, or None where it is unknown or was removed. Fits `text.ItemOf`."""
+        row = self._row_of.get(item_id)
+        return None if row is None else self._items[row]
+
+    def row(self, item_id: ItemId) -> int | None:
+        """Returns the item's row."""
+        return self._row_of.get(item_id)
+
+    def rows(self, item_ids: Iterable[ItemId]) -> Rows:
+        """Returns int64 [N]: the rows of those of the items that are known, in the order given."""
+        row_of = self._row_of
+        return np.array([row for item_id in item_ids if (row := row_of.get(item_id)) is not None], dtype=np.int64)
+
+    def items_at(self, rows: Sequence[int] | Rows) -> list[Item | None]:
+        """Returns the items in these rows, None where a row is free."""
+        return [self._items[row] for row in rows]
+
+    def topics_at(self, rows: Sequence[int] | Rows) -> list[tuple[str, ...]]:
+        """Returns each row's interest keys (`tag:gothic`, `author:Mary Shelley`)."""
+        return [self._topics[row] for row in rows]
+
+    def live_rows(self) -> Rows:
+        """Returns int64: every row that holds an item, ascending."""
+        with self._lock:
+            return np.sort(np.fromiter(self._row_of.values(), dtype=np.int64, count=len(self._row_of)))
+
+    def topic_rows(self, key: str) -> Rows:
+        """Returns int64: the rows of the items under an interest key, ascending. Do not write to it."""
+        with self._lock:
+            held = self._topic_arrays.get(key)
+            if held is None:
+                held = np.array(sorted(self._topic_rows.get(key, ())), dtype=np.int64)
+                if key in self._topic_rows:
+                    self._topic_arrays[key] = held
+            return held
+
+    def changed_since(self, version: int) -> tuple[Rows, int]:
+        """Returns the rows whose item came, changed or went after `version`, and the version that this brings you to.
+
+        Start at 0. Each reader keeps its own version: this is how a loaded model knows which items to encode.
+        """
+        with self._lock:
+            return np.flatnonzero(self._versions[: len(self._items)] > version), self._version
+
+    def gather(self, rows: Rows, now_ms: int) -> ItemRows:
+        """Returns copies of the rows' numbers, sums decayed to `now_ms`, from one moment."""
+        with self._lock:
+            return ItemRows(
+                sums_NKH=_decay(self._sums[rows], self._held_ms[rows], now_ms),
+                created_ms_N=self._created_ms[rows],
+                first_ms_N=self._first_ms[rows],
+                touches_ms_NT=self._touches_ms[rows],
+            )
+
+    def decayed_sums(self, rows: Rows, now_ms: int) -> Floats:
+        """Returns float32 [N, K, H]: the rows' sums decayed to `now_ms`."""
+        return self.gather(rows, now_ms).sums_NKH
+
+    def trend(self, kind: str, half_life: int, now_ms: int) -> Floats:
+        """Returns float32 [R]: every row's sum of one kind at one half-life (an index of HALF_LIVES_S)."""
+        index, size = KINDS.index(kind), len(self._items)
+        with self._lock:
+            sums_R = self._sums[:size, index, half_life].copy()
+            age_R = np.maximum(now_ms - self._held_ms[:size, index], 0)
+        result: Floats = sums_R * np.exp2(-age_R / _HALF_LIVES_MS[half_life]).astype(np.float32)
+        return result
+
+    def created_ms(self) -> Times:
+        """Returns int64 [R]: when every row's item became available; NEVER_MS in a free row."""
+        with self._lock:
+            return self._created_ms[: len(self._items)].copy()
+
+    def covisits(self, item_id: ItemId, now_ms: int) -> dict[ItemId, float]:
+        """Returns what users of this item touched close to it, with decayed weights added over partitions."""
+        with self._lock:
+            partials = list(self._partials.get(item_id, {}).values())
+        weights: dict[ItemId, float] = {}
+        for partial in partials:
+            for other, held in partial.covisits.items():
+                weights[other] = weights.get(other, 0.0) + decayed(held, now_ms)
+        return weights
+
+    # What writing is made of; the lock is held.
+
+    def _new_row(self, item_id: ItemId, at_ms: int) -> int:
+        if self._free and at_ms - self._free[0][1] >= _REUSE_AFTER_MS:
+            row, _ = self._free.popleft()
+        else:
+            row = len(self._items)
+            if row == len(self._versions):
+                self._grow()
+            self._items.append(None)
+            self._topics.append(())
+        self._announced_ms[row] = at_ms
+        self._unannounced.pop(item_id, None)
+        self._row_of[item_id] = row
+        return row
+
+    def _put(self, row: int, item: Item) -> None:
+        self._unlink(row)
+        self._items[row] = item
+        self._topics[row] = tuple(dict.fromkeys(item.topics_of_interest))
+        for key in self._topics[row]:
+            self._topic_rows.setdefault(key, set()).add(row)
+            self._topic_arrays.pop(key, None)
+        self._add_partials(row, item.item_id)
+        self._mark(row)
+
+    def _remove(self, item_id: ItemId, at_ms: int) -> None:
+        row = self._row_of.pop(item_id, None)
+        if row is None:
+            return
+        self._unlink(row)
+        self._items[row] = None
+        self._topics[row] = ()
+        self._announced_ms[row] = self._created_ms[row] = self._first_ms[row] = NEVER_MS
+        self._touches_ms[row] = NEVER_MS
+        self._sums[row] = 0.0
+        self._held_ms[row] = 0
+        self._free.append((row, at_ms))
+        self._mark(row)
+        if item_id in self._partials:
+            self._await_item(item_id)
+
+    def _unlink(self, row: int) -> None:
+        for key in self._topics[row]:
+            rows = self._topic_rows[key]
+            rows.discard(row)
+            self._topic_arrays.pop(key, None)
+            if not rows:
+                del self._topic_rows[key]
+
+    def _mark(self, row: int) -> None:
+        self._version += 1
+        self._versions[row] = self._version
+
+    def _await_item(self, item_id: ItemId) -> None:
+        if not self._partials[item_id]:
+            del self._partials[item_id]
+            self._unannounced.pop(item_id, None)
+            return
+        self._unannounced.setdefault(item_id)
+        if len(self._unannounced) > self._max_unannounced:
+            oldest = next(iter(self._unannounced))
+            del self._unannounced[oldest], self._partials[oldest]
+            self.forgotten += 1
+
+    def _add_partials(self, row: int, item_id: ItemId) -> None:
+        partials = list(self._partials.get(item_id, {}).values())
+        # 1. Sums, by kind: each partition's share decayed to the newest of them.
+        for index, kind in enumerate(KINDS):
+            shares = [partial.sums[kind] for partial in partials if kind in partial.sums]
+            if shares:
+                total = shares[0] if len(shares) == 1 else add_decayed(shares)
+                self._sums[row, index] = total.sums
+                self._held_ms[row, index] = total.at_ms
+            else:
+                self._sums[row, index] = 0.0
+        # 2. The newest touches of all partitions, newest first.
+        newest = sorted((at_ms for partial in partials for at_ms in partial.touches_ms), reverse=True)[:MAX_TOUCHES]
+        self._touches_ms[row] = newest + [NEVER_MS] * (MAX_TOUCHES - len(newest))
+        # 3. When it began. An item without a date of its own is as old as its first announcement or touch.
+        first_ms = min((at for partial in partials if (at := partial.first_ms) is not None), default=None)
+        self._first_ms[row] = NEVER_MS if first_ms is None else first_ms
+        item = self._items[row]
+        known = None if item is None else item.created_ms
+        announced_ms = int(self._announced_ms[row])
+        self._created_ms[row] = (
+            known if known is not None else announced_ms if first_ms is None else min(announced_ms, first_ms)
+        )
+
+    def _grow(self) -> None:
+        for name in ("_announced_ms", "_created_ms", "_first_ms", "_touches_ms", "_sums", "_held_ms", "_versions"):
+            old = getattr(self, name)
+            empty = NEVER_MS if name in ("_announced_ms", "_created_ms", "_first_ms", "_touches_ms") else 0
+            setattr(self, name, np.concatenate([old, np.full_like(old, empty)]))
+
+
+def _decay(sums_NKH: Floats, held_ms_NK: Times, now_ms: int) -> Floats:
+    age_NK = np.maximum(now_ms - held_ms_NK, 0).astype(np.float64)
+    result: Floats = sums_NKH * np.exp2(-age_NK[:, :, None] / _HALF_LIVES_MS).astype(np.float32)
+    return result

@@ -1,0 +1,330 @@
+"""The numbers a model sees beside the text: the one maker of late features, for ranking and for the log. Pure.
+
+Numbers are fresh: item counters decayed to now, ages, last touches, what the user did a moment ago. The key ones stand
+also as their rank within the pool of candidates, because what is much depends on what else there is.
+
+Shapes: N candidates, F features, D vector size, R recent items of the user.
+"""
+
+import base64
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tailrace.catalogue import NEVER_MS, Catalogue, ItemRows, Rows
+from tailrace.counters import HALF_LIVES_S, KINDS
+from tailrace.errors import InvalidRecord
+from tailrace.events import Context
+from tailrace.ids import ItemId
+from tailrace.profile import Profile
+from tailrace.text import TEXT_VERSION, is_mobile, item_words, local_time, now_interests
+
+Floats = NDArray[np.float32]
+Column = NDArray[np.floating] | float
+
+FEATURE_VERSION = 1
+HALF_LIFE_NAMES = ("15m", "1h", "6h", "24h", "7d")
+HEAT_KINDS = ("users", "rated_up")
+HEAT_FLOOR = 0.05  # heat is log(1 + sum / floor): tells a faint trace from none at all, where log1p sees only zeros
+HISTORY_ITEMS = 20
+
+_RATES = (  # name, numerator, denominator, Beta prior (expected share, weight)
+    ("click_rate", "clicked", "shown", 0.05, 20.0),
+    ("like_rate", "liked", "clicked", 0.1, 10.0),
+    ("skip_rate", "skipped", "shown", 0.02, 20.0),
+    ("praise_rate", "rated_up", "rated", 0.5, 5.0),
+)
+_RATE_HALF_LIVES = ("1h", "24h", "7d")
+_RANKED = (
+    "log_users_15m",
+    "log_users_1h",
+    "log_users_6h",
+    "log_users_24h",
+    "log_clicked_1h",
+    "newness",
+    "cos_user",
+    "cos_query",
+    "cos_history",
+)
+_LONGEST_S = 90 * 86_400.0
+_VISIT_GAP_MS = 30 * 60_000
+_LIMIT = 1e4
+
+
+def _feature_names() -> tuple[str, ...]:
+    names = [f"log_{kind}_{half_life}" for kind in KINDS for half_life in HALF_LIFE_NAMES]
+    names += [f"heat_{kind}_{half_life}" for kind in HEAT_KINDS for half_life in HALF_LIFE_NAMES]
+    names += [f"{rate[0]}_{half_life}" for rate in _RATES for half_life in _RATE_HALF_LIVES]
+    names += ["log_age", "rsqrt_age", "newness"]
+    names += [f"log_since_touch_{number}" for number in (1, 2, 3, 4)]
+    names += ["cos_user", "cos_query", "cos_history", "cos_recent"]
+    names += [f"rank_{name}" for name in _RANKED]
+    names += ["tag_affinity", "entity_affinity", "covisit", "covisit_share"]
+    names += ["shown_to_user", "log_since_shown", "touched_by_user", "newer_than_visit", "touched_since_visit"]
+    names += ["user_events", "user_idle", "user_day", "user_interests", "user_known"]
+    names += ["query_given", "hour_sin", "hour_cos", "weekend", "mobile"]
+    return tuple(names)
+
+
+FEATURE_NAMES: tuple[str, ...] = _feature_names()
+FEATURE_NAMES_HASH: str = hashlib.sha256(
+    "\n".join((*FEATURE_NAMES, f"features {FEATURE_VERSION}", f"text {TEXT_VERSION}")).encode()
+).hexdigest()[:16]
+
+# Version 0 of the model is this sum and nothing else. See `training.model.Head`: learning starts from it.
+PRIOR_WEIGHTS: Mapping[str, float] = {
+    "heat_users_1h": 0.5,
+    "heat_users_6h": 0.5,
+    "log_age": -0.5,
+    "cos_user": 3.0,
+    "cos_history": 4.0,
+    "cos_query": 25.0,
+    "tag_affinity": 1.5,
+    "shown_to_user": -0.5,
+    "touched_by_user": -3.0,
+}
+
+
+@dataclass(frozen=True)
+class Cosines:
+    """How near each candidate's vector is to the user's text, the query, the mean of and the nearest recent item."""
+
+    user_N: Floats
+    query_N: Floats
+    history_N: Floats
+    recent_N: Floats
+
+
+def history_items(profile: Profile) -> list[ItemId]:
+    """Returns the newest items that the user received well or at least opened, newest first, HISTORY_ITEMS at most."""
+    return [item_id for item_id, word in item_words(profile).items() if word != "disliked"][:HISTORY_ITEMS]
+
+
+def history_mean(recent_RD: NDArray[np.floating]) -> Floats | None:
+    """Returns float32 [D]: the mean of the unit vectors of the recent items, or None where there are none."""
+    if not len(recent_RD):
+        return None
+    mean: Floats = _unit(recent_RD).mean(axis=0)
+    return mean
+
+
+def make_cosines(
+    items_ND: NDArray[np.floating],
+    user_D: NDArray[np.floating] | None,
+    query_D: NDArray[np.floating] | None,
+    recent_RD: NDArray[np.floating] | None,
+) -> Cosines:
+    """Returns the cosines that `compute_features` takes, zeros for what is absent.
+
+    Rows of `recent_RD` are the vectors of `history_items`; leave out what has none.
+    """
+    items_ND = _unit(items_ND)
+    silent = np.zeros(len(items_ND), dtype=np.float32)
+    if recent_RD is None or not len(recent_RD):
+        history_N = recent_N = silent
+    else:
+        near_NR = items_ND @ _unit(recent_RD).T
+        mean_D = _unit(recent_RD).mean(axis=0, keepdims=True)
+        history_N, recent_N = (items_ND @ _unit(mean_D).T)[:, 0], near_NR.max(axis=1)
+    return Cosines(
+        user_N=silent if user_D is None else items_ND @ _unit(user_D[None])[0],
+        query_N=silent if query_D is None else items_ND @ _unit(query_D[None])[0],
+        history_N=history_N,
+        recent_N=recent_N,
+    )
+
+
+def compute_features(
+    catalogue: Catalogue,
+    rows_N: Rows,
+    profile: Profile,
+    context: Context | None,
+    query_given: bool,
+    cosines: Cosines,
+    now_ms: int,
+) -> Floats:
+    """Returns float32 [N, F] in the order of FEATURE_NAMES, finite whatever the state.
+
+    `rows_N` are the whole pool, since ranks are within it. `context` is the one that holds now, or None.
+    """
+    # 1. One consistent copy of the rows, then columns by name, cheap and independent of each other.
+    held = catalogue.gather(rows_N, now_ms)
+    columns: dict[str, Column] = {}
+    columns |= _counter_columns(held.sums_NKH)
+    columns |= _time_columns(held, profile, now_ms)
+    columns |= {
+        "cos_user": cosines.user_N,
+        "cos_query": cosines.query_N,
+        "cos_history": cosines.history_N,
+        "cos_recent": cosines.recent_N,
+    }
+    columns |= _affinity_columns(catalogue, rows_N, profile, now_ms)
+    columns |= _covisit_columns(catalogue, rows_N, held, profile, now_ms)
+    columns |= _fatigue_columns(catalogue, rows_N, profile, now_ms)
+    columns |= _user_columns(profile, context, query_given, now_ms)
+    # 2. Ranks within the pool.
+    columns |= {f"rank_{name}": pool_ranks(np.broadcast_to(columns[name], len(rows_N))) for name in _RANKED}
+    # 3. One array, in order.
+    features_NF = np.empty((len(rows_N), len(FEATURE_NAMES)), dtype=np.float32)
+    for index, name in enumerate(FEATURE_NAMES):
+        features_NF[:, index] = columns[name]
+    np.nan_to_num(features_NF, copy=False, nan=0.0, posinf=_LIMIT, neginf=-_LIMIT)
+    return np.clip(features_NF, -_LIMIT, _LIMIT, out=features_NF)
+
+
+def prior_scores(features_NF: Floats) -> Floats:
+    """Returns float32 [N]: what version 0 of the model scores, without a model. Also the lowest rung that ranks."""
+    result: Floats = features_NF @ _PRIOR_F
+    return result
+
+
+def pool_ranks(values_N: NDArray[np.floating]) -> Floats:
+    """Returns float32 [N]: each value's rank within the pool, 0 for the least, 1 for the most, ties averaged.
+
+    >>> pool_ranks(np.array([3.0, 1.0, 3.0])).tolist()
+    [0.75, 0.0, 0.75]
+    """
+    if len(values_N) < 2:
+        return np.full(len(values_N), 0.5, dtype=np.float32)
+    ordered = np.sort(values_N)
+    least, most = np.searchsorted(ordered, values_N, "left"), np.searchsorted(ordered, values_N, "right") - 1
+    return ((least + most) / (2 * (len(values_N) - 1))).astype(np.float32)
+
+
+def encode_features(features_F: Floats) -> str:
+    """Returns one candidate's features as an impression carries them: base64 of little-endian float32."""
+    return base64.b64encode(features_F.astype("<f4").tobytes()).decode()
+
+
+def decode_features(text: str) -> Floats:
+    """Returns float32 [F], exactly what was encoded. Raises InvalidRecord where it is not whole float32 numbers."""
+    try:
+        return np.frombuffer(base64.b64decode(text, validate=True), dtype="<f4").astype(np.float32)
+    except ValueError as error:
+        raise InvalidRecord(f"not base64 of float32: {error}", field="$.features") from error
+
+
+def _counter_columns(sums_NKH: Floats) -> dict[str, Column]:
+    columns: dict[str, Column] = {}
+    logs_NKH = np.log1p(sums_NKH)
+    for kind_index, kind in enumerate(KINDS):
+        for index, half_life in enumerate(HALF_LIFE_NAMES):
+            columns[f"log_{kind}_{half_life}"] = logs_NKH[:, kind_index, index]
+    for kind in HEAT_KINDS:
+        heat_NH = np.log1p(sums_NKH[:, KINDS.index(kind)] / HEAT_FLOOR)
+        columns |= {f"heat_{kind}_{name}": heat_NH[:, index] for index, name in enumerate(HALF_LIFE_NAMES)}
+    for rate, kind, of, share, weight in _RATES:
+        for half_life in _RATE_HALF_LIVES:
+            index = HALF_LIFE_NAMES.index(half_life)
+            happened_N, chances_N = sums_NKH[:, KINDS.index(kind), index], sums_NKH[:, KINDS.index(of), index]
+            smoothed_N = (happened_N + share * weight) / (chances_N + weight)
+            columns[f"{rate}_{half_life}"] = np.minimum(smoothed_N, 1.0)
+    return columns
+
+
+def _time_columns(held: ItemRows, profile: Profile, now_ms: int) -> dict[str, Column]:
+    age_s_N = np.maximum(now_ms - held.created_ms_N, 0) / 1000
+    since_s_NT = np.clip((now_ms - held.touches_ms_NT[:, :4]) / 1000, 0.0, _LONGEST_S)
+    visit_ms = last_visit_ms(profile, now_ms)
+    columns: dict[str, Column] = {
+        "log_age": np.log1p(age_s_N / 3600),
+        "rsqrt_age": 1 / np.sqrt(1 + age_s_N / 3600),
+        "newness": -np.log1p(age_s_N / 60),
+        "newer_than_visit": 0.0 if visit_ms is None else (held.created_ms_N > visit_ms).astype(np.float32),
+        "touched_since_visit": 0.0 if visit_ms is None else (held.touches_ms_NT[:, 0] > visit_ms).astype(np.float32),
+    }
+    return columns | {f"log_since_touch_{index + 1}": np.log1p(since_s_NT[:, index] / 60) for index in range(4)}
+
+
+def last_visit_ms(profile: Profile, now_ms: int) -> int | None:
+    """Returns when the visit before this one ended: the newest touch that a gap of half an hour follows, or None."""
+    later_ms = now_ms
+    for touch in reversed(profile.recent):
+        if later_ms - touch.at_ms >= _VISIT_GAP_MS:
+            return touch.at_ms
+        later_ms = min(later_ms, touch.at_ms)
+    return None
+
+
+def _affinity_columns(catalogue: Catalogue, rows_N: Rows, profile: Profile, now_ms: int) -> dict[str, Column]:
+    """Cosines between the user's decayed interests and each item's tags, or entities, as sparse vectors."""
+    interests = now_interests(profile, now_ms)
+    tags = {key: weight for key, weight in interests.items() if key.startswith("tag:")}
+    entities = {key: weight for key, weight in interests.items() if not key.startswith("tag:")}
+    affinity_N2 = np.zeros((len(rows_N), 2), dtype=np.float64)
+    if interests:
+        tag_norm, entity_norm = (sum(w * w for w in group.values()) ** 0.5 or 1.0 for group in (tags, entities))
+        for index, topics in enumerate(catalogue.topics_at(rows_N)):
+            num_tags = sum(key.startswith("tag:") for key in topics)
+            of_tags = sum(tags[key] for key in topics if key in tags)
+            of_entities = sum(entities[key] for key in topics if key in entities)
+            affinity_N2[index, 0] = of_tags / (tag_norm * max(num_tags, 1) ** 0.5)
+            affinity_N2[index, 1] = of_entities / (entity_norm * max(len(topics) - num_tags, 1) ** 0.5)
+    return {"tag_affinity": affinity_N2[:, 0], "entity_affinity": affinity_N2[:, 1]}
+
+
+def _covisit_columns(
+    catalogue: Catalogue, rows_N: Rows, held: ItemRows, profile: Profile, now_ms: int
+) -> dict[str, Column]:
+    weights: dict[ItemId, float] = {}
+    for item_id in profile.clicks.last_items:
+        for other, weight in catalogue.covisits(item_id, now_ms).items():
+            weights[other] = weights.get(other, 0.0) + weight
+    covisits_N = np.zeros(len(rows_N), dtype=np.float64)
+    if weights:
+        for index, item in enumerate(catalogue.items_at(rows_N)):
+            if item is not None:
+                covisits_N[index] = weights.get(item.item_id, 0.0)
+    users_7d_N = held.sums_NKH[:, KINDS.index("users"), HALF_LIVES_S.index(604_800.0)]
+    return {"covisit": np.log1p(covisits_N), "covisit_share": np.minimum(covisits_N / (users_7d_N + 5.0), 1.0)}
+
+
+def _fatigue_columns(catalogue: Catalogue, rows_N: Rows, profile: Profile, now_ms: int) -> dict[str, Column]:
+    shown, clicked, rated = profile.impressions.seen, profile.clicks.seen, profile.ratings.seen
+    times_N = np.zeros(len(rows_N))
+    at_ms_N = np.full(len(rows_N), NEVER_MS, dtype=np.int64)
+    touched_N = np.zeros(len(rows_N))
+    for index, item in enumerate(catalogue.items_at(rows_N)):
+        if item is not None:
+            item_id = item.item_id
+            if item_id in shown:
+                at_ms_N[index], times_N[index] = shown[item_id]
+            touched_N[index] = item_id in clicked or item_id in rated
+    since_s_N = np.clip((now_ms - at_ms_N) / 1000, 0.0, _LONGEST_S)
+    return {
+        "shown_to_user": np.log1p(times_N),
+        "log_since_shown": np.log1p(since_s_N / 60),
+        "touched_by_user": touched_N,
+    }
+
+
+def _user_columns(profile: Profile, context: Context | None, query_given: bool, now_ms: int) -> dict[str, Column]:
+    local = local_time(context, now_ms)
+    angle = 2 * np.pi * (local.hour + local.minute / 60) / 24
+    idle_s = _LONGEST_S if profile.last_at_ms is None else min(max(now_ms - profile.last_at_ms, 0) / 1000, _LONGEST_S)
+    day = sum(now_ms - touch.at_ms <= 86_400_000 for touch in profile.recent)
+    interests = now_interests(profile, now_ms)
+    return {
+        "user_events": float(np.log1p(profile.events)),
+        "user_idle": float(np.log1p(idle_s / 3600)),
+        "user_day": float(np.log1p(day)),
+        "user_interests": float(np.log1p(sum(abs(weight) for weight in interests.values()))),
+        "user_known": float(bool(profile.recent)),
+        "query_given": float(query_given),
+        "hour_sin": float(np.sin(angle)),
+        "hour_cos": float(np.cos(angle)),
+        "weekend": float(local.weekday() >= 5),
+        "mobile": float(is_mobile(context)),
+    }
+
+
+def _unit(vectors: NDArray[np.floating]) -> Floats:
+    wide = vectors.astype(np.float32)
+    result: Floats = wide / np.maximum(np.linalg.norm(wide, axis=-1, keepdims=True), 1e-9)
+    return result
+
+
+_PRIOR_F: Floats = np.array([PRIOR_WEIGHTS.get(name, 0.0) for name in FEATURE_NAMES], dtype=np.float32)

@@ -1,0 +1,53 @@
+"""All that `model.json` says of a version of the ranker: written by training, read by serving and the next round."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from tailrace.bundle import MODEL_CARD, ModelCard
+from tailrace.errors import BundleError
+from tailrace.ids import ModelVersion
+
+CARD_FORMAT = 1
+
+
+class RankerCard(ModelCard, frozen=True, kw_only=True):
+    """The shape of the ranker, beside what the registry reads. `item_states` 0: every item token keeps its state."""
+
+    version: ModelVersion
+    max_user_tokens: int
+    max_item_tokens: int
+    num_layers: int
+    num_heads: int
+    hidden_size: int
+    head_width: int
+    pad_token_id: int
+    feature_names: list[str]
+    prior: dict[str, float]
+    bert_config: dict[str, Any]
+    format: int = CARD_FORMAT
+
+
+def hash_names(names: Sequence[str]) -> str:
+    """Returns 16 hex digits that stand for these feature names in this order."""
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+
+
+def save_ranker_card(card: RankerCard, directory: Path) -> None:
+    """Writes `model.json` into the directory."""
+    (directory / MODEL_CARD).write_bytes(msgspec.json.format(msgspec.json.encode(card), indent=2))
+
+
+def load_ranker_card(directory: Path) -> RankerCard:
+    """Returns the card of the bundle in the directory. Raises BundleError where it is missing or unreadable."""
+    path = directory / MODEL_CARD
+    try:
+        card = msgspec.json.decode(path.read_bytes(), type=RankerCard)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise BundleError(f"{path}: {error}") from error
+    if card.format != CARD_FORMAT:
+        raise BundleError(f"{path}: format {card.format}, where this program reads {CARD_FORMAT}")
+    return card

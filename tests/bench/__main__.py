@@ -1,0 +1,45 @@
+"""`make bench`: every measurement the README shows, in one run. `--only NAME` runs one and writes nothing."""
+
+import os
+import platform
+from collections.abc import Callable, Mapping
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from tests.bench.decoding import bench_decoding
+from tests.bench.ranker import bench_ranker
+from tests.bench.report import Row, figure, save_results
+from tests.bench.stream import bench_stream
+from tests.bench.system import bench_system
+
+BENCHES: Mapping[str, Callable[[Console], list[Row]]] = {
+    "system": bench_system,
+    "ranker": bench_ranker,
+    "stream": bench_stream,
+    "decoding": bench_decoding,
+}
+
+
+@click.command()
+@click.option("--only", type=click.Choice(list(BENCHES)), default=None, help="run one of them and write nothing")
+def main(only: str | None) -> None:
+    """Measures, prints a table, and writes tests/bench/results.json and the README's table."""
+    console = Console()
+    rows: list[Row] = []
+    for name, bench in BENCHES.items():
+        if only in (None, name):
+            console.rule(name)
+            rows += bench(console)
+    table = Table("measure", "figure", title="Measured", title_justify="left")
+    for row in rows:
+        table.add_row(row["name"], figure(row))
+    console.print(table)
+    if only is None:
+        machine = f"{os.cpu_count()} cores, no GPU, {platform.system()}, Python {platform.python_version()}"
+        save_results({"machine": machine, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

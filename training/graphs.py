@@ -1,0 +1,198 @@
+"""The three ONNX graphs of a ranker: traced once in float32, then written in the precisions that serve.
+
+The word table is most of a small BERT. Both encoders of a precision read the same `words.bin`, which ONNX Runtime maps
+into memory: it is stored once, and its pages are shared by every session and replica on a machine.
+"""
+
+import io
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.transformers.float16 import convert_float_to_float16
+from torch import Tensor, nn
+
+from training.model import SplitRanker
+
+Precision = Literal["int8", "fp16", "fp32"]
+
+OPSET = 17
+WORD_TABLE = "word_table"
+WORDS_FILE = "words.bin"
+HEAD_SCOPE = "/head/"  # the tracer names nodes after the module that ran them
+
+
+class _UserEncoder(nn.Module):
+    def __init__(self, ranker: SplitRanker) -> None:
+        super().__init__()
+        self.ranker = ranker
+
+    def forward(self, tokens: Tensor, mask: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.ranker.encode_users(tokens, mask, table)
+
+
+class _ItemEncoder(_UserEncoder):
+    def forward(self, tokens: Tensor, mask: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.ranker.encode_items(tokens, mask, table)
+
+
+class _Scorer(nn.Module):
+    def __init__(self, ranker: SplitRanker) -> None:
+        super().__init__()
+        self.ranker = ranker
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.ranker.score(*inputs)
+
+
+def trace_graphs(ranker: SplitRanker) -> dict[str, onnx.ModelProto]:
+    """Returns the float32 graphs by name. The encoders take the word table as an input; `save_graphs` puts it back."""
+    user_tokens = torch.ones(2, 7, dtype=torch.int64)
+    item_tokens = torch.ones(3, 5, dtype=torch.int64)
+    words = ranker.bert.words.weight.detach()
+    with torch.no_grad():
+        keys, values, vectors = ranker.encode_users(user_tokens, user_tokens)
+        states, state_mask, _ = ranker.encode_items(item_tokens, item_tokens)
+    slate_states = states.expand(2, *states.shape).contiguous()
+    slate_mask = state_mask.expand(2, *state_mask.shape).contiguous()
+    features = torch.zeros(2, 3, len(ranker.feature_names))
+
+    users = {"user_tokens": {0: "B", 1: "U"}, "user_mask": {0: "B", 1: "U"}}
+    encoded_users = {"user_keys": {0: "B", 4: "U"}, "user_values": {0: "B", 3: "U"}, "user_vectors": {0: "B"}}
+    items = {"item_tokens": {0: "N", 1: "S"}, "item_mask": {0: "N", 1: "S"}}
+    kept = {} if ranker.item_states else {1: "T"}  # a pooled item has always T states; the rest is folded in
+    encoded_items = {"item_states": {0: "N", **kept}, "item_state_mask": {0: "N", **kept}, "item_vectors": {0: "N"}}
+    slate = {0: "B", 1: "N"}
+    slate_kept = {} if ranker.item_states else {2: "T"}
+    candidates = {"item_states": slate | slate_kept, "item_state_mask": slate | slate_kept, "features": slate}
+    scores = {"click_logits": slate, "ratings": slate, "pooled_states": slate}
+    return {
+        "user_encoder": _trace(
+            _UserEncoder(ranker), (user_tokens, user_tokens, words), [*users, WORD_TABLE], encoded_users, users
+        ),
+        "item_encoder": _trace(
+            _ItemEncoder(ranker), (item_tokens, item_tokens, words), [*items, WORD_TABLE], encoded_items, items
+        ),
+        "scorer": _trace(
+            _Scorer(ranker),
+            (keys, values, user_tokens, vectors, slate_states, slate_mask, features),
+            ["user_keys", "user_values", "user_mask", "user_vectors", *candidates],
+            scores,
+            encoded_users | {"user_mask": users["user_mask"]} | candidates,
+        ),
+    }
+
+
+def _trace(
+    module: nn.Module,
+    inputs: tuple[Tensor, ...],
+    input_names: Sequence[str],
+    outputs: Mapping[str, Mapping[int, str]],
+    input_axes: Mapping[str, Mapping[int, str]],
+) -> onnx.ModelProto:
+    """Returns a module's graph by the tracing exporter, which keeps axes free and takes a second, not minutes."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # its own notice that it is the older exporter
+        torch.onnx.export(
+            module.eval(),
+            inputs,
+            buffer,
+            input_names=list(input_names),
+            output_names=list(outputs),
+            dynamic_axes={**input_axes, **outputs},
+            opset_version=OPSET,
+            dynamo=False,
+        )
+    return onnx.load_from_string(buffer.getvalue())
+
+
+def save_graphs(
+    graphs: Mapping[str, onnx.ModelProto], words_VH: np.ndarray, directory: Path, precision: Precision
+) -> None:
+    """Writes `<graph>.onnx` for each graph and the word table they share, in one precision.
+
+    int8 quantizes the products with constants, weights per channel and signed, activations at run time with one scale
+    per product; the word table is kept as float16. The head stays float32 in every precision: features are raw
+    numbers of any size, and the untrained score must be the prior's exactly.
+    """
+    directory.mkdir()
+    words = words_VH.astype(np.float32 if precision == "fp32" else np.float16)
+    words.tofile(directory / WORDS_FILE)
+    for name, graph in graphs.items():
+        path = directory / f"{name}.onnx"
+        head = [node.name for node in graph.graph.node if HEAD_SCOPE in node.name]
+        if precision == "int8":
+            model = _quantize(graph, path, head)
+        elif precision == "fp16":
+            model = _halve(graph, head)
+        else:
+            model = _copy(graph)
+        if any(value.name == WORD_TABLE for value in model.graph.input):
+            _attach_words(model, words)
+        path.write_bytes(model.SerializeToString())
+
+
+def _quantize(graph: onnx.ModelProto, path: Path, head: Sequence[str]) -> onnx.ModelProto:
+    model = _copy(graph)
+    # Says that shapes are known; without it the quantizer advises to infer them, through the root logger.
+    helper.set_model_props(model, {"onnx.quant.pre_process": "onnxruntime.quant"})
+    quantize_dynamic(
+        model,
+        path,
+        op_types_to_quantize=["MatMul"],
+        per_channel=True,
+        weight_type=QuantType.QInt8,
+        nodes_to_exclude=list(head),
+        extra_options={"MatMulConstBOnly": True},
+    )
+    return onnx.load(path)
+
+
+def _halve(graph: onnx.ModelProto, head: Sequence[str]) -> onnx.ModelProto:
+    model = _copy(graph)
+    kept = [value.name for value in [*model.graph.input, *model.graph.output] if value.name != WORD_TABLE]
+    halved = convert_float_to_float16(model, keep_io_types=kept, node_block_list=list(head))
+    # The converter narrows every input and widens it again for the head, where a large counter would become infinite:
+    # a widening that follows a narrowing reads what was there before.
+    narrowed = {n.output[0]: n.input[0] for n in halved.graph.node if _casts_to(n, TensorProto.FLOAT16)}
+    for node in halved.graph.node:
+        if _casts_to(node, TensorProto.FLOAT) and node.input[0] in narrowed:
+            node.input[0] = narrowed[node.input[0]]
+    return halved
+
+
+def _casts_to(node: onnx.NodeProto, kind: int) -> bool:
+    return node.op_type == "Cast" and node.attribute[0].i == kind
+
+
+def _copy(graph: onnx.ModelProto) -> onnx.ModelProto:
+    model = onnx.ModelProto()
+    model.CopyFrom(graph)
+    return model
+
+
+def _attach_words(model: onnx.ModelProto, words: np.ndarray) -> None:
+    """Turns the word table from an input of the graph into a constant that lies in `words.bin`, in place."""
+    graph = model.graph
+    declared = next(value for value in graph.input if value.name == WORD_TABLE)
+    wanted = declared.type.tensor_type.elem_type
+    graph.input.remove(declared)
+    table = graph.initializer.add()
+    table.name = WORD_TABLE
+    table.dims.extend(words.shape)
+    table.data_type = helper.np_dtype_to_tensor_dtype(words.dtype)
+    table.data_location = TensorProto.EXTERNAL
+    for key, value in {"location": WORDS_FILE, "offset": "0", "length": str(words.nbytes)}.items():
+        table.external_data.add(key=key, value=value)
+    if table.data_type != wanted:  # look up the small table first, widen what was found
+        place, lookup = next((i, node) for i, node in enumerate(graph.node) if WORD_TABLE in node.input)
+        found = lookup.output[0]
+        lookup.output[0] = f"{found}_narrow"
+        graph.node.insert(place + 1, helper.make_node("Cast", [lookup.output[0]], [found], to=wanted))
