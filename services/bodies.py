@@ -92,6 +92,20 @@ class RankedAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     items: list[RecommendedItem]
     impression: bytes
     timings: dict[str, float]
+    waiting: int = 0
+
+
+class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What a replica has loaded. `refused` maps versions to why they could not be; `pending`: items to be encoded."""
+
+    serving: ModelVersion | None
+    precision: str | None
+    loading: ModelVersion | None
+    refused: dict[ModelVersion, str]
+    items: int
+    pending: int
+    waiting: int
+    swaps: int
 
 
 Body = TypeVar("Body")

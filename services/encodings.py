@@ -9,7 +9,6 @@ import hashlib
 import threading
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -17,58 +16,76 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from tailrace.catalogue import Catalogue, Rows
+from tailrace.catalogue import Catalogue, Flags, Rows
 from tailrace.text import render_item
 
 log = structlog.get_logger()
 
 Floats = NDArray[np.float32]
+States = NDArray[np.float16]
+Arrays = tuple[States, Flags, Floats]  # states [N,T,H], their mask [N,T], unit vectors [N,H]
+
 _CHUNK = 32  # items per pass of the model
 _DIGEST_BYTES = 16
 
 
-@dataclass(frozen=True)
-class EncodedItems:
-    """Items as a model sees them: states [N,T,H], their mask [N,T], unit vectors [N,H]."""
-
-    states: NDArray[np.floating]
-    mask: NDArray[np.generic]
-    vectors: Floats
-
-
 class ItemEncoder(Protocol):
-    """The half of a scorer that this module needs."""
+    """The half of a model that this module needs."""
 
-    def encode_items(self, texts: Sequence[str]) -> EncodedItems:
+    def encode_items(self, texts: Sequence[str]) -> Arrays:
         """Returns the items' states, mask and vectors."""
 
 
 class ItemEncodings:
-    """Vectors and states by row. One thread calls `catch_up`; any thread reads."""
+    """Vectors and states by row. One thread calls `catch_up` and `save`; any thread reads.
+
+    `cache_file` keeps them on disk by the digest of the text, for the same model version started again.
+    """
 
     def __init__(self, cache_file: Path | None = None) -> None:
         self.texts: list[str | None] = []
         self._cache_file = cache_file
-        self._cached: dict[bytes, int] = {}
-        self._cache: EncodedItems | None = None
+        self._cached_at, self._cached = _load_cache(cache_file)
         self._unsaved = 0
-        self._lock = threading.Lock()
         self._version = 0
         self._pending: dict[int, None] = {}
-        self._ready: NDArray[np.bool_] = np.zeros(0, dtype=np.bool_)
-        self._states: NDArray[np.float16] | None = None
-        self._mask: NDArray[np.generic] = np.zeros((0, 0), dtype=np.int64)
-        self._vectors: Floats = np.zeros((0, 0), dtype=np.float32)
-        self._load_cache()
+        self._lock = threading.Lock()
+        self._ready: Flags = np.zeros(0, dtype=np.bool_)
+        self._held: Arrays | None = None
 
     @property
     def num_pending(self) -> int:
         """How many items still wait to be encoded."""
         return len(self._pending)
 
+    @property
+    def num_ready(self) -> int:
+        """How many items have been encoded."""
+        return int(self._ready.sum())
+
+    @property
+    def vectors(self) -> Floats:
+        """Every row's unit vector [R,H], zeros where a row is not ready. Do not write to it."""
+        held = self._held
+        return np.zeros((0, 1), dtype=np.float32) if held is None else held[2]
+
+    def ready(self, rows: Rows) -> Flags:
+        """Returns which of the rows [N] have been encoded."""
+        ready = self._ready
+        inside: Flags = rows < len(ready)
+        inside[inside] = ready[rows[inside]]
+        return inside
+
+    def gather(self, rows: Rows) -> Arrays:
+        """Returns copies of the rows' states, mask and vectors. Rows must be ready."""
+        with self._lock:
+            assert self._held is not None, "no row is ready"
+            states, mask, vectors = self._held
+            return states[rows], mask[rows], vectors[rows]
+
     def catch_up(self, encoder: ItemEncoder, catalogue: Catalogue) -> bool:
         """Encodes the newest changes, up to one chunk, and returns whether more wait."""
-        # 1. What changed: removed items go at once, new ones before those that wait already.
+        # 1. What changed: removed items go at once; new ones go before those that wait already.
         changed, self._version = catalogue.changed_since(self._version)
         items = dict(zip(changed.tolist(), catalogue.items_at(changed), strict=True))
         self._drop([row for row, item in items.items() if item is None])
@@ -76,77 +93,52 @@ class ItemEncodings:
         self._pending = fresh | {row: None for row in self._pending if row not in items}
         # 2. Take a chunk; an item may have gone meanwhile, and a text may be as it was.
         rows = list(self._pending)[:_CHUNK]
+        texts = {row: render_item(item) for row, item in zip(rows, catalogue.items_at(rows), strict=True) if item}
+        texts = {row: text for row, text in texts.items() if row >= len(self.texts) or self.texts[row] != text}
+        # 3. From the disk what is there, the rest from the model.
+        places = {
+            row: place for row, text in texts.items() if (place := self._cached_at.get(_digest(text))) is not None
+        }
+        if places and self._cached is not None:
+            states, mask, vectors = (array[list(places.values())] for array in self._cached)
+            self._put({row: texts[row] for row in places}, (states, mask, vectors))
+        new = {row: text for row, text in texts.items() if row not in places}
+        if new:
+            self._put(new, encoder.encode_items(list(new.values())))
+            self._unsaved += len(new)
         for row in rows:
             del self._pending[row]
-        rendered = [(row, render_item(item)) for row, item in zip(rows, catalogue.items_at(rows), strict=True) if item]
-        wanted = [(row, text) for row, text in rendered if row >= len(self.texts) or self.texts[row] != text]
-        # 3. From the disk what is there, the rest from the model.
-        known = [(row, text, place) for row, text in wanted if (place := self._cached.get(_digest(text))) is not None]
-        if known and self._cache is not None:
-            places = [place for _, _, place in known]
-            held = EncodedItems(self._cache.states[places], self._cache.mask[places], self._cache.vectors[places])
-            self._put([row for row, _, _ in known], [text for _, text, _ in known], held)
-        new = [(row, text) for row, text in wanted if _digest(text) not in self._cached]
-        if new:
-            encoded = encoder.encode_items([text for _, text in new])
-            self._put([row for row, _ in new], [text for _, text in new], encoded)
-            self._unsaved += len(new)
         # 4. Once all are in, what the disk had is no longer needed.
         if not self._pending:
-            self._cached, self._cache = {}, None
+            self._cached_at, self._cached = {}, None
         return bool(self._pending)
 
-    def ready(self, rows: Rows) -> Rows:
-        """Returns those of the rows whose items have been encoded, in the same order."""
-        ready = self._ready
-        inside = rows[rows < len(ready)]
-        return inside[ready[inside]]
-
-    def gather(self, rows: Rows) -> EncodedItems:
-        """Returns copies of the rows' states (float32), mask and vectors. Rows must be ready."""
-        with self._lock:
-            assert self._states is not None, "no row is ready"
-            return EncodedItems(self._states[rows].astype(np.float32), self._mask[rows], self._vectors[rows])
-
-    @property
-    def vectors(self) -> Floats:
-        """Every row's unit vector [R,H], zeros where a row is not ready. Do not write to it."""
-        return self._vectors
-
     def save(self) -> None:
-        """Writes the encodings beside their digests, in one step, if enough is new. Nothing is pickled."""
-        if self._cache_file is None or self._unsaved == 0 or self._states is None:
+        """Writes the encodings beside their digests, in one step, if anything is new. Nothing is pickled."""
+        if self._cache_file is None or self._unsaved == 0 or self._held is None:
             return
-        with self._lock:
-            rows = np.flatnonzero(self._ready)
-            digests = np.frombuffer(b"".join(_digest(self.texts[row] or "") for row in rows), dtype=np.uint8)
-            states, mask, vectors = self._states[rows], self._mask[rows], self._vectors[rows]
-            self._unsaved = 0
+        rows = np.flatnonzero(self._ready)
+        digests = np.frombuffer(b"".join(_digest(self.texts[row] or "") for row in rows), dtype=np.uint8)
+        states, mask, vectors = self.gather(rows)
         self._cache_file.parent.mkdir(parents=True, exist_ok=True)
         temporary = self._cache_file.with_suffix(f".{threading.get_native_id()}.tmp")
-        with temporary.open("wb") as writer:
-            digests = digests.reshape(-1, _DIGEST_BYTES)
-            np.savez(writer, digests=digests, states=states, mask=mask, vectors=vectors)
-        temporary.replace(self._cache_file)
-
-    def _load_cache(self) -> None:
-        if self._cache_file is None or not self._cache_file.exists():
-            return
         try:
-            with np.load(self._cache_file, allow_pickle=False) as held:
-                self._cache = EncodedItems(held["states"], held["mask"], held["vectors"])
-                self._cached = {digest.tobytes(): place for place, digest in enumerate(held["digests"])}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            log.warning("item encodings on disk are unusable; encoding anew", error=str(error))
+            with temporary.open("wb") as writer:
+                digests = digests.reshape(-1, _DIGEST_BYTES)
+                np.savez(writer, digests=digests, states=states, mask=mask, vectors=vectors)
+            temporary.replace(self._cache_file)
+            self._unsaved = 0
+        except OSError as error:
+            log.warning("item encodings could not be kept on disk", error=str(error))
+            temporary.unlink(missing_ok=True)
 
-    def _put(self, rows: list[int], texts: list[str], encoded: EncodedItems) -> None:
+    def _put(self, texts: dict[int, str], encoded: Arrays) -> None:
+        rows = list(texts)
         with self._lock:
-            self._reserve(max(rows) + 1, encoded)
-            assert self._states is not None
-            self._states[rows] = encoded.states
-            self._mask[rows] = encoded.mask
-            self._vectors[rows] = encoded.vectors
-            for row, text in zip(rows, texts, strict=True):
+            held = self._reserve(max(rows) + 1, encoded)
+            for array, values in zip(held, encoded, strict=True):
+                array[rows] = values
+            for row, text in texts.items():
                 self.texts[row] = text
             self._ready[rows] = True
 
@@ -154,24 +146,36 @@ class ItemEncodings:
         with self._lock:
             for row in rows:
                 self._pending.pop(row, None)
-                if row < len(self.texts):
+                if row < len(self.texts) and self._held is not None:
                     self.texts[row] = None
                     self._ready[row] = False
-                    self._vectors[row] = 0.0
+                    self._held[2][row] = 0.0
 
-    def _reserve(self, size: int, like: EncodedItems) -> None:
-        """Makes room for `size` rows. Readers keep the arrays they hold: new ones take their place."""
-        if self._states is None:
-            self._states = np.zeros((0, *like.states.shape[1:]), dtype=np.float16)
-            self._mask = np.zeros((0, *like.mask.shape[1:]), dtype=like.mask.dtype)
-            self._vectors = np.zeros((0, *like.vectors.shape[1:]), dtype=np.float32)
-        if size > len(self._ready):
-            room = max(size, 2 * len(self._ready), 1024) - len(self._ready)
-            self._states, self._mask, self._vectors, self._ready = (
-                np.concatenate([held, np.zeros((room, *held.shape[1:]), dtype=held.dtype)])
-                for held in (self._states, self._mask, self._vectors, self._ready)
+    def _reserve(self, size: int, like: Arrays) -> Arrays:
+        """Returns the arrays with room for `size` rows. Larger ones take their place; readers keep those they hold."""
+        held = self._held or (like[0][:0], like[1][:0], like[2][:0])
+        room = max(size, 2 * len(self._ready), 1024) - len(self._ready) if size > len(self._ready) else 0
+        if room:
+            states, mask, vectors = (
+                np.concatenate([array, np.zeros((room, *array.shape[1:]), dtype=array.dtype)]) for array in held
             )
+            held = (states, mask, vectors)
             self.texts += [None] * room
+            self._held = held
+            self._ready = np.concatenate([self._ready, np.zeros(room, dtype=np.bool_)])
+        return held
+
+
+def _load_cache(file: Path | None) -> tuple[dict[bytes, int], Arrays | None]:
+    if file is None or not file.exists():
+        return {}, None
+    try:
+        with np.load(file, allow_pickle=False) as held:
+            arrays = (held["states"], held["mask"], held["vectors"])
+            return {digest.tobytes(): place for place, digest in enumerate(held["digests"])}, arrays
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        log.warning("item encodings on disk are unusable; encoding anew", error=str(error))
+        return {}, None
 
 
 def _digest(text: str) -> bytes:

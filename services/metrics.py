@@ -10,20 +10,25 @@ class GatewayMetrics:
     """Counters of one gateway replica. Stages are timed in the ranker and travel back with its answers."""
 
     def __init__(self, replica: str) -> None:
-        self.registry = CollectorRegistry()
-        only = {"registry": self.registry, "namespace": "tailrace"}
-        self.info = Gauge("gateway_info", "1, labelled with the replica that answered", ["replica"], **only)
-        self.info.labels(replica).set(1)
-        self.requests = Counter("http_requests", "HTTP requests", ["route", "status"], **only)
-        self.latency = Histogram("http_request_seconds", "HTTP latency", ["route"], buckets=_SECONDS, **only)
-        self.running = Gauge("gateway_running", "requests being answered", **only)
-        self.waiting = Gauge("gateway_waiting", "requests waiting for a place", **only)
-        self.answers = Counter("recommendations", "answers by rung of the ladder", ["degraded"], **only)
-        self.impressions = Counter("impressions", "impressions by what became of them", ["outcome"], **only)
-        self.events = Counter("events", "posted events by verdict", ["verdict"], **only)
-        self.stages = Histogram("ranker_stage_seconds", "ranker stages", ["stage"], buckets=_STAGE_SECONDS, **only)
-        self.ranker_waiting = Gauge("ranker_waiting", "jobs in the queue of the ranker replica last heard of", **only)
-        self.model = Gauge("model_info", "1 for the model version of the last answer", ["version"], **only)
+        self.registry = held = CollectorRegistry()
+        info = Gauge("tailrace_gateway_info", "1, labelled with the replica that answered", ["replica"], registry=held)
+        info.labels(replica).set(1)
+        self.requests = Counter("tailrace_http_requests", "HTTP requests", ["route", "status"], registry=held)
+        self.latency = Histogram(
+            "tailrace_http_request_seconds", "HTTP latency", ["route"], buckets=_SECONDS, registry=held
+        )
+        self.running = Gauge("tailrace_gateway_running", "requests being answered", registry=held)
+        self.waiting = Gauge("tailrace_gateway_waiting", "requests waiting for a place", registry=held)
+        self.answers = Counter("tailrace_recommendations", "answers by rung", ["degraded"], registry=held)
+        self.impressions = Counter("tailrace_impressions", "impressions by outcome", ["outcome"], registry=held)
+        self.events = Counter("tailrace_events", "posted events by verdict", ["verdict"], registry=held)
+        self.stages = Histogram(
+            "tailrace_ranker_stage_seconds", "ranker stages", ["stage"], buckets=_STAGE_SECONDS, registry=held
+        )
+        self.ranker_waiting = Gauge(
+            "tailrace_ranker_waiting", "jobs in the queues of the ranker replica last heard of", registry=held
+        )
+        self.model = Gauge("tailrace_model_info", "1 for the version of the last answer", ["version"], registry=held)
         self._version = ""
         for outcome in ("produced", "dropped"):
             self.impressions.labels(outcome)

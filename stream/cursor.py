@@ -12,14 +12,15 @@ from kafka import TopicPartition
 from kafka.errors import KafkaError, LogTruncationError, OffsetOutOfRangeError
 from kafka.structs import OffsetAndMetadata
 
+from tailrace.fold import STREAMS, Stream
 from tailrace.kafka_clients import create_topics, open_consumer
 from tailrace.settings import Settings
 from tailrace.stores.store import Offset
-from tailrace.topics import USER_STREAMS, tailrace_topics
+from tailrace.topics import tailrace_topics
 
 log = structlog.get_logger()
 
-Records = dict[str, Sequence[Any]]  # of one partition: ConsumerRecords by stream, each in offset order
+Records = dict[Stream, Sequence[Any]]  # of one partition: ConsumerRecords by stream, each in offset order
 
 _COMMIT_INTERVAL_S = 0.5
 _LOOK_INTERVAL_S = 1.0
@@ -35,10 +36,10 @@ class StreamCursor:
     def __init__(self, settings: Settings, partitions: Sequence[int]) -> None:
         self._kafka = settings.kafka
         topics = tailrace_topics(settings.kafka)
-        self._name_of = {stream: topics[stream].name for stream in USER_STREAMS}
-        self._stream_of = {name: stream for stream, name in self._name_of.items()}
-        self._places = {n: [TopicPartition(self._name_of[s], n) for s in USER_STREAMS] for n in partitions}
-        self._topic_ids = {s: i for s, i in create_topics(settings.kafka).items() if s in USER_STREAMS}
+        self._name_of: dict[Stream, str] = {stream: topics[stream].name for stream in STREAMS}
+        self._stream_of: dict[str, Stream] = {name: stream for stream, name in self._name_of.items()}
+        self._places = {n: [TopicPartition(self._name_of[s], n) for s in STREAMS] for n in partitions}
+        self._topic_ids = {s: i for s, i in create_topics(settings.kafka).items() if s in STREAMS}
         self.skipped_records = 0
         self.recreated_topics = 0
         self._unreachable: dict[TopicPartition, int | None] = {}  # offsets Kafka has refused: where to go instead
@@ -69,7 +70,7 @@ class StreamCursor:
         starts = self._consumer.beginning_offsets(places, timeout_ms=_ANSWER_TIMEOUT_MS)
         self._ends |= self._consumer.end_offsets(places, timeout_ms=_ANSWER_TIMEOUT_MS)
         offsets: dict[str, Offset] = {}
-        for stream, place in zip(USER_STREAMS, places, strict=True):
+        for stream, place in zip(STREAMS, places, strict=True):
             offsets[stream] = Offset(self._topic_ids[stream], self._start(stream, place, stored, starts[place]))
             self._consumer.seek(place, offsets[stream].next_offset)
         self._consumer.resume(*places)
@@ -131,14 +132,14 @@ class StreamCursor:
     def lag(self, partition: int, offsets: Mapping[str, Offset]) -> int:
         """Returns how many records of the partition stand in Kafka beyond `offsets`, as far as is known."""
         lag = 0
-        for stream, place in zip(USER_STREAMS, self._places[partition], strict=True):
+        for stream, place in zip(STREAMS, self._places[partition], strict=True):
             end = max(self._consumer.highwater(place) or 0, self._ends[place])
             lag += max(end - offsets[stream].next_offset, 0) if stream in offsets else end
         return lag
 
     def note_saved(self, partition: int, offsets: Mapping[str, Offset]) -> None:
         """Notes what may be committed."""
-        for stream, place in zip(USER_STREAMS, self._places[partition], strict=True):
+        for stream, place in zip(STREAMS, self._places[partition], strict=True):
             self._uncommitted[place] = OffsetAndMetadata(offsets[stream].next_offset, "", -1)
 
     def commit(self) -> None:

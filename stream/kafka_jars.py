@@ -36,8 +36,8 @@ def kafka_class_path(cache_dir: Path, *, lock: Path = LOCK) -> str:
     if home := os.environ.get("KAFKA_HOME"):
         if not any(Path(home, "libs").glob("kafka_*.jar")):
             raise BrokerUnavailable(f"KAFKA_HOME is {home}, but no kafka_*.jar is in its folder libs")
-        return str(Path(home, "libs", "*"))
-    return os.pathsep.join(str(jar) for jar in ensure_kafka(cache_dir, lock=lock))
+        return str(Path(home, "libs", "*").absolute())
+    return os.pathsep.join(str(jar) for jar in ensure_kafka(cache_dir.absolute(), lock=lock))
 
 
 def ensure_kafka(cache_dir: Path, *, lock: Path = LOCK) -> list[Path]:
@@ -102,8 +102,9 @@ def _fetch(sums: Mapping[str, str], folder: Path) -> None:
             for _ in progress.track(pool.map(fetch, sums), total=len(sums)):
                 pass
         except (OSError, RuntimeError) as error:
-            pool.shutdown(cancel_futures=True)
             raise BrokerUnavailable(_cannot_fetch(str(error))) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
         try:
             whole.rename(folder)
         except OSError:
@@ -122,9 +123,9 @@ def _cannot_fetch(reason: str) -> str:
 def resolve_lock() -> str:
     """Returns the text of a new lock: what COORDINATES resolve to today, through jgo and the network."""
     import jgo
+    from jgo.constants import default_maven_repo
 
     jars = [artifact.resolve() for artifact in jgo.resolve(COORDINATES)]
-    from jgo.constants import default_maven_repo
 
     head = f"# {COORDINATES}\n# made by `python -m stream.kafka_jars`; `sha256sum -c` reads it in a Maven repository\n"
     return head + "".join(f"{_sha256(jar)}  {jar.relative_to(default_maven_repo()).as_posix()}\n" for jar in jars)

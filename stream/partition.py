@@ -9,8 +9,8 @@ from itertools import islice
 
 from stream.admission import Erasure
 from tailrace.counters import CounterTable, decode_counters, encode_counters
-from tailrace.events import UserEvent
-from tailrace.fold import HasTopics, Outcome, fold_erasure, fold_event
+from tailrace.events import Interaction, UserEvent
+from tailrace.fold import HasTopics, Outcome, Stream, fold_erasure, fold_event
 from tailrace.ids import ItemId, UserId
 from tailrace.profile import Profile, decode_profile, encode_profile
 from tailrace.stores.store import Batch, Offset, Store
@@ -56,17 +56,17 @@ class OwnedPartition:
             data = stored.get(user_id)
             profiles[user_id] = Profile(user_id) if data is None else decode_profile(data)
 
-    def fold(self, events: Sequence[UserEvent | Erasure], items: Mapping[ItemId, HasTopics]) -> int:
+    def fold(self, stream: Stream, events: Sequence[UserEvent | Erasure], items: Mapping[ItemId, HasTopics]) -> int:
         """Folds one stream's events, in order, into loaded profiles and the counters; returns how many were repeats."""
         profiles, counters, dirty = self._profiles, self.counters, self._dirty
         repeated = 0
         for event in events:
             user_id = event.user_id
             if isinstance(event, Erasure):
-                profiles[user_id] = fold_erasure(profiles[user_id], event.at_ms)
+                profiles[user_id] = fold_erasure(profiles[user_id], event.at_ms, (stream,))
                 dirty.add(user_id)
                 continue
-            item = items.get(getattr(event, "item_id", ""))
+            item = items.get(event.item_id) if isinstance(event, Interaction) else None
             outcome = fold_event(event, profiles[user_id], counters, item)
             if outcome is Outcome.APPLIED:
                 dirty.add(user_id)

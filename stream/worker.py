@@ -26,6 +26,7 @@ from stream.publishing import ItemStatsPublisher, publish_dead_letters
 from tailrace.counters import CounterTable
 from tailrace.errors import BrokerUnavailable, Fenced, InvalidRecord, StoreError
 from tailrace.events import DeadLetter, UserEvent
+from tailrace.fold import Stream
 from tailrace.kafka_clients import open_producer
 from tailrace.settings import Settings, load_settings
 from tailrace.stores import open_store
@@ -135,7 +136,8 @@ class StreamWorker:
             partition.load_profiles({event.user_id for of_stream in events.values() for event in of_stream})
             self._on_step(STEPS[2])
             # 4. Fold.
-            repeated = sum(partition.fold(of_stream, self._catalogue.items) for of_stream in events.values())
+            items = self._catalogue.items
+            repeated = sum(partition.fold(stream, of_stream, items) for stream, of_stream in events.items())
             self._on_step(STEPS[3])
             # 5. Publish dead letters.
             if letters:
@@ -160,8 +162,8 @@ class StreamWorker:
 
     def _decode(
         self, partition: OwnedPartition, records: Records
-    ) -> tuple[Mapping[str, list[UserEvent | Erasure]], list[DeadLetter]]:
-        events: dict[str, list[UserEvent | Erasure]] = {}
+    ) -> tuple[Mapping[Stream, list[UserEvent | Erasure]], list[DeadLetter]]:
+        events: dict[Stream, list[UserEvent | Erasure]] = {}
         letters: list[DeadLetter] = []
         for stream, of_stream in records.items():
             admitted = events[stream] = []

@@ -35,6 +35,7 @@ ScaleValue = Annotated[float, Meta(ge=-1e9, le=1e9)]
 OccurredAt = Annotated[datetime, Meta(tz=True)] | Annotated[int, Meta(ge=0, le=253_402_300_799_000)]
 Scalar = str | float | bool
 ShortText = Annotated[str, Meta(max_length=256)]
+ShortScalar = ShortText | float | bool  # kept in profiles, so bounded
 
 
 def to_ms(moment: datetime | int) -> int:
@@ -101,7 +102,7 @@ class Context(Event, frozen=True, kw_only=True, omit_defaults=True):
     region: ShortText | None = None
     place: ShortText | None = None
     session_id: ShortText | None = None
-    attributes: dict[ShortText, Scalar] = {}
+    attributes: Annotated[dict[ShortText, ShortScalar], Meta(max_length=32)] = {}
     ttl_s: Annotated[float, Meta(gt=0, le=30 * 86_400)] = 1800.0
 
 

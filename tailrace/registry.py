@@ -162,6 +162,22 @@ class Registry:
                 verify_files(kept, manifest)
         return kept
 
+    def export(self, version: ModelVersion, directory: Path) -> Manifest:
+        """Copies the bundle, its sums checked, into `directory`, which must be new or empty. Returns the manifest.
+
+        Raises BundleError as `fetch` does.
+        """
+        if directory.exists() and any(directory.iterdir()):
+            raise BundleError(f"{directory} is not empty; a bundle is never written over")
+        manifest = self.manifest(version)
+        with tempfile.TemporaryDirectory(prefix="tailrace-") as temporary:
+            folder = self.fetch(version, Path(temporary))
+            for name in manifest.files:
+                (directory / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(folder / name, directory / name)
+        (directory / MANIFEST).write_bytes(msgspec.json.encode(manifest))
+        return manifest
+
     # -- the pointer -----------------------------------------------------------------------------------------------
 
     def pointer(self) -> Pointer | None:

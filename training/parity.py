@@ -144,9 +144,18 @@ def require_parity(report: ParityReport) -> None:
 def made_up_texts() -> tuple[list[str], list[str]]:
     """Returns user and item texts, always the same, in the manner of `tailrace.text`."""
     rng = random.Random(7)
-    subjects = "sea voyage, small town, winter, chess, robots, gardens, a murder, first love, the moon, trade, jazz, bread".split(
-        ", "
-    )
+    subjects = [
+        "the sea",
+        "small towns",
+        "winter",
+        "chess",
+        "robots",
+        "gardens",
+        "a murder",
+        "the moon",
+        "trade",
+        "jazz",
+    ]
     kinds = ["novel", "essay", "film", "guide", "memoir", "comedy", "history", "thriller"]
     moods = ["quiet", "funny", "dark", "slow", "bright", "strange", "warm"]
 
@@ -175,25 +184,21 @@ def _tokens(tokenizer: Tokenizer, texts: Sequence[str], side: str, most: int) ->
 
 def _torch_runs(ranker: SplitRanker) -> dict[str, Run]:
     """Returns the three graphs as the torch model itself runs them."""
-    methods = {
-        "user_encoder": (ranker.encode_users, ("user_tokens", "user_mask")),
-        "item_encoder": (ranker.encode_items, ("item_tokens", "item_mask")),
-        "scorer": (
-            ranker.score,
-            ("user_keys", "user_values", "user_mask", "user_vectors", "item_states", "item_state_mask", "features"),
-        ),
+    encoded_users = ("user_keys", "user_values", "user_mask", "user_vectors")
+    return {
+        "user_encoder": _torch_run(ranker.encode_users, "user_tokens", "user_mask"),
+        "item_encoder": _torch_run(ranker.encode_items, "item_tokens", "item_mask"),
+        "scorer": _torch_run(ranker.score, *encoded_users, "item_states", "item_state_mask", "features"),
     }
 
-    def bind(method: Callable[..., Sequence[torch.Tensor]], names: Sequence[str]) -> Run:
-        def run(feeds: Feeds) -> Sequence[NDArray[np.generic]]:
-            with torch.no_grad():
-                return [
-                    output.numpy() for output in method(*(torch.from_numpy(np.array(feeds[name])) for name in names))
-                ]
 
-        return run
+def _torch_run(method: Callable[..., tuple[torch.Tensor, ...]], *names: str) -> Run:
+    def run(feeds: Feeds) -> Sequence[NDArray[np.generic]]:
+        with torch.no_grad():
+            outputs = method(*(torch.from_numpy(np.array(feeds[name])) for name in names))
+        return [output.numpy() for output in outputs]
 
-    return {name: bind(method, names) for name, (method, names) in methods.items()}
+    return run
 
 
 def _run(model: str | bytes) -> Run:
@@ -241,7 +246,7 @@ def _compare(truth: Answers, found: Answers, tolerance: Tolerance) -> PrecisionP
 
 
 def _scores(answers: Answers) -> dict[str, Array]:
-    direction = np.random.default_rng(11).standard_normal(answers.pooled_states.shape[-1]).astype(np.float32)
+    direction = np.random.default_rng(11).standard_normal(answers.pooled_states.shape[-1:], np.float32)
     return {
         "retrieval": answers.user_vectors @ answers.item_vectors.T,
         "states": answers.pooled_states @ direction,

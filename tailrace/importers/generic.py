@@ -1,7 +1,7 @@
 """Anyone's CSV (with a header) or JSON lines, as one kind of record, by a mapping of fields to columns.
 
 A field takes its value from the column mapped to it, else from the column of its own name, else from a constant. An
-empty CSV value is no value. Lists (`tags`) may be written `a|b|c`. `fact.<relation>` and `attributes.<name>` fill facts
+empty value is no value. Lists (`tags`) may be written `a|b|c`. `fact.<relation>` and `attributes.<name>` fill facts
 and attributes. A row without an `event_id` gets one from what it says, the same at every reading.
 """
 
@@ -94,7 +94,7 @@ def _fields(values: Mapping[str, Any], reading: Reading, kind: type[UserEvent | 
             continue
         group, _, inner = name.partition(".")
         if group == "fact" and inner:
-            found.setdefault("facts", []).extend([inner, one] for one in str(value).split("|"))
+            found.setdefault("facts", []).extend({"relation": inner, "entity": one} for one in str(value).split("|"))
         elif inner:
             found.setdefault(group, {})[inner] = value
         elif name in _TIMES:

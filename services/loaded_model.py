@@ -1,0 +1,225 @@
+"""One version of the ranker, loaded: its scorer, what it has computed of every item, and its two work queues.
+
+Everything that belongs to a version is behind one reference, so a swap is the change of that reference. Encoding
+users and scoring candidates run on a thread each: with one ONNX Runtime thread per call, two callers use two cores
+better than one caller with two threads.
+"""
+
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from services.batcher import Batcher
+from services.encodings import Arrays, ItemEncodings
+from services.scorer import EncodedUsers, Precision, Scorer
+from tailrace.catalogue import Catalogue, Rows
+from tailrace.errors import BundleError, ScoringError, TooLate
+from tailrace.features import FEATURE_NAMES, Floats
+from tailrace.ids import ModelVersion
+from tailrace.settings import Settings
+from tailrace.text import TEXT_VERSION
+
+_USER_CACHE_BYTES = 64 * 1024 * 1024
+_QUERY_CACHE = 512
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class _ScoreJob:
+    user: EncodedUsers
+    rows_N: Rows
+    features_NF: Floats
+
+
+class LoadedModel:
+    """Implements `recommender.TextModel`. After `retire` it ends with its last holder."""
+
+    def __init__(
+        self, version: ModelVersion, precision: str, scorer: Scorer, encodings: ItemEncodings, settings: Settings
+    ) -> None:
+        self.version = version
+        self.precision = precision
+        self.encodings = encodings
+        self._scorer = scorer
+        # int8 activations of one call share their scales, so on CPU each request is a call of its own: a user's scores
+        # never depend on who else asks. A GPU computes in floats and is only well used by several at once.
+        self._together = settings.ranker.device == "cuda"
+        most, room = settings.ranker.max_batch_requests, settings.ranker.max_queued_requests
+        self._encoding = Batcher("encode", self._run_encode, max_batch=most, max_waiting=room)
+        self._scoring = Batcher("score", self._run_score, max_batch=most, max_waiting=room)
+        self._users: _Cache[EncodedUsers] = _Cache(_USER_CACHE_BYTES)
+        self._queries: _Cache[Floats] = _Cache(_QUERY_CACHE)
+        self._holders = 0
+        self._retired = False
+        self._lock = Lock()
+
+    @classmethod
+    def load(cls, folder: Path, version: ModelVersion, settings: Settings) -> "LoadedModel":
+        """Returns the model of a verified bundle. Raises BundleError, also when it takes other input than we make."""
+        ranker = settings.ranker
+        if ranker.precision == "auto":
+            precision: Precision = "int8" if ranker.device == "cpu" else "fp16"
+        else:
+            precision = ranker.precision
+        scorer = Scorer.load(
+            folder, precision=precision, provider=ranker.device, intra_op_threads=ranker.intra_op_threads
+        )
+        card = scorer.card
+        if tuple(card.feature_names) != FEATURE_NAMES or str(card.text_version) != str(TEXT_VERSION):
+            raise BundleError(f"{version} was trained on other features or text than this program makes")
+        cache = settings.path("cache") / "items" / f"{version}-{precision}.npz" if ranker.item_text_cache else None
+        return cls(version, precision, scorer, ItemEncodings(cache), settings)
+
+    @property
+    def waiting(self) -> int:
+        """How many jobs wait in both queues."""
+        return self._encoding.waiting + self._scoring.waiting
+
+    def encode_user(self, text: str, deadline: float) -> EncodedUsers:
+        """Returns the user's text as the model sees it (B = 1). Raises TooLate, Overloaded or ScoringError."""
+        held = self._users.get(text)
+        if held is None:
+            held = _wait(self._encoding.submit(text, deadline), deadline)
+            self._users.put(text, held, held.keys.nbytes + held.values.nbytes)
+        return held
+
+    def embed(self, text: str, deadline: float) -> Floats:
+        """Returns float32 [D]: the unit vector of a text. Raises TooLate, Overloaded or ScoringError."""
+        held = self._queries.get(text)
+        if held is None:
+            held = _wait(self._encoding.submit(text, deadline), deadline).vectors_BD[0].copy()
+            self._queries.put(text, held, 1)
+        return held
+
+    def score(self, user: EncodedUsers, rows_N: Rows, features_NF: Floats, deadline: float) -> tuple[Floats, Floats]:
+        """Returns click logits [N] and ratings [N]. Raises TooLate, Overloaded or ScoringError."""
+        return _wait(self._scoring.submit(_ScoreJob(user, rows_N, features_NF), deadline), deadline)
+
+    def encode_items(self, texts: Sequence[str]) -> Arrays:
+        """Returns states, mask and vectors of items with these texts; runs in the caller's thread."""
+        try:
+            encoded = self._scorer.encode_items(texts)
+        except Exception as error:  # ONNX Runtime's exceptions share no other base
+            raise ScoringError(f"{self.version}: encoding items failed: {error}") from error
+        return encoded.states_NTH, encoded.mask_NT, encoded.vectors_ND
+
+    def catch_up(self, catalogue: Catalogue) -> bool:
+        """Encodes the newest changes of the catalogue, up to one chunk, and returns whether more wait."""
+        return self.encodings.catch_up(self, catalogue)
+
+    def hold(self) -> None:
+        """Says that a request uses the model; `release` must follow."""
+        with self._lock:
+            self._holders += 1
+
+    def release(self) -> None:
+        """Says that a request is done with the model."""
+        with self._lock:
+            self._holders -= 1
+        self._end_if_unused()
+
+    def retire(self) -> None:
+        """Says that no new request will come; the queues end when the last holder does."""
+        self._retired = True
+        self._end_if_unused()
+
+    def _end_if_unused(self) -> None:
+        with self._lock:
+            unused = self._retired and self._holders == 0
+        if unused:
+            self._encoding.stop()
+            self._scoring.stop()
+
+    def _run_encode(self, texts: list[str]) -> list[EncodedUsers]:
+        try:
+            if not self._together:
+                return [self._scorer.encode_users([text]) for text in texts]
+            users = self._scorer.encode_users(texts)
+        except Exception as error:  # ONNX Runtime's exceptions share no other base
+            raise ScoringError(f"{self.version}: encoding a user failed: {error}") from error
+        return [_one_user(users, index) for index in range(len(texts))]
+
+    def _run_score(self, jobs: list[_ScoreJob]) -> list[tuple[Floats, Floats]]:
+        try:
+            if not self._together:
+                return [self._score_together([job])[0] for job in jobs]
+            return self._score_together(jobs)
+        except Exception as error:
+            raise ScoringError(f"{self.version}: scoring failed: {error}") from error
+
+    def _score_together(self, jobs: list[_ScoreJob]) -> list[tuple[Floats, Floats]]:
+        """Pads users and candidates to the largest of them and scores all in one call."""
+        most = max(len(job.rows_N) for job in jobs)
+        rows_BN = np.stack([np.pad(job.rows_N, (0, most - len(job.rows_N)), mode="edge") for job in jobs])
+        features_BNF = np.stack(
+            [np.pad(job.features_NF, ((0, most - len(job.rows_N)), (0, 0)), mode="edge") for job in jobs]
+        )
+        states_BNTH, mask_BNT, _ = self.encodings.gather(rows_BN)
+        users = jobs[0].user if len(jobs) == 1 else _stack_users([job.user for job in jobs])
+        clicks_BN, ratings_BN = self._scorer.score(users, states_BNTH, mask_BNT, features_BNF)
+        return [
+            (clicks_BN[index, : len(job.rows_N)], ratings_BN[index, : len(job.rows_N)])
+            for index, job in enumerate(jobs)
+        ]
+
+
+def _wait(future: "Future[Value]", deadline: float) -> Value:
+    try:
+        return future.result(timeout=max(deadline - time.monotonic(), 0.0))
+    except TimeoutError:
+        future.cancel()
+        raise TooLate("the model did not answer before the deadline") from None
+
+
+def _one_user(users: EncodedUsers, index: int) -> EncodedUsers:
+    one = slice(index, index + 1)
+    return EncodedUsers(users.keys[one], users.values[one], users.mask[one], users.vectors_BD[one])
+
+
+def _stack_users(users: list[EncodedUsers]) -> EncodedUsers:
+    """Returns users encoded apart as one batch, padded on the right to the longest text."""
+    widest = max(user.mask.shape[1] for user in users)
+    padded = [(user, (0, widest - user.mask.shape[1])) for user in users]
+    whole = (0, 0)
+    return EncodedUsers(
+        keys=np.concatenate([np.pad(user.keys, (whole, whole, whole, whole, more)) for user, more in padded]),
+        values=np.concatenate([np.pad(user.values, (whole, whole, whole, more, whole)) for user, more in padded]),
+        mask=np.concatenate([np.pad(user.mask, (whole, more)) for user, more in padded]),
+        vectors_BD=np.concatenate([user.vectors_BD for user in users]),
+    )
+
+
+class _Cache(Generic[Value]):
+    """The values last used, up to a total cost. Any thread may use it."""
+
+    def __init__(self, max_cost: int) -> None:
+        self._max_cost = max_cost
+        self._cost = 0
+        self._held: OrderedDict[str, tuple[Value, int]] = OrderedDict()
+        self._lock = Lock()
+
+    def get(self, key: str) -> Value | None:
+        with self._lock:
+            found = self._held.get(key)
+            if found is None:
+                return None
+            self._held.move_to_end(key)
+            return found[0]
+
+    def put(self, key: str, value: Value, cost: int) -> None:
+        with self._lock:
+            if key in self._held:
+                return
+            self._held[key] = (value, cost)
+            self._cost += cost
+            while self._cost > self._max_cost:
+                _, (_, freed) = self._held.popitem(last=False)
+                self._cost -= freed

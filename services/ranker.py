@@ -1,0 +1,117 @@
+"""The ranker: one replica's tables, model and threads behind a few async methods. Knows nothing of Ray.
+
+`app.build_app` deploys this class on Ray Serve. The event loop only hands work over: a request is ranked on a thread
+of a small pool, which meets the other requests in the model's queues.
+"""
+
+import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import msgspec
+import numpy as np
+
+from services.bodies import Asked, RankedAnswer
+from services.hot_swap import ModelSlot
+from services.loaded_model import LoadedModel
+from services.pages import SimilarItem
+from services.recommender import recommend
+from tailrace.catalogue import Catalogue
+from tailrace.ids import ItemId
+from tailrace.registry import open_registry
+from tailrace.settings import Settings
+from tailrace.table_reader import TableReader
+from tailrace.telemetry import configure_logging
+
+_WARM_UP_S = 60.0
+_asked_decoder = msgspec.msgpack.Decoder(Asked)
+_encoder = msgspec.msgpack.Encoder()
+
+
+class Ranker:
+    """One replica. Starting it needs neither a broker nor a model; it says NotReady until it has both."""
+
+    def __init__(self, settings: Settings) -> None:
+        configure_logging(settings)
+        self._settings = settings
+        self._catalogue = Catalogue()
+        self._slot = ModelSlot(
+            settings,
+            open_registry(settings),
+            self._catalogue,
+            items_read=lambda: self._tables[0].caught_up,
+            warm_up=self._warm_up,
+        )
+        self._tables = [
+            TableReader(settings.kafka, "items", self._apply_item),
+            TableReader(settings.kafka, "item-stats", self._catalogue.apply_stats),
+            TableReader(settings.kafka, "models", self._slot.apply_announcement),
+        ]
+        self._pool = ThreadPoolExecutor(settings.ranker.max_ongoing_requests, thread_name_prefix="rank")
+        for table in self._tables:
+            table.start()
+        self._slot.start()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Returns whether a model serves, after waiting for it for `timeout_s` at most."""
+        return self._slot.wait(timeout_s)
+
+    async def rank(self, asked: bytes) -> bytes:
+        """Returns the encoded RankedAnswer to an encoded Asked. Raises NotReady."""
+        received = time.monotonic()
+        answer = await asyncio.get_running_loop().run_in_executor(
+            self._pool, self._rank, _asked_decoder.decode(asked), received
+        )
+        return _encoder.encode(answer)
+
+    async def similar(self, item_id: ItemId, n: int) -> bytes:
+        """Returns the encoded list of SimilarItem, nearest first; empty for an unknown item. Raises NotReady."""
+        found = await asyncio.get_running_loop().run_in_executor(self._pool, self._similar, item_id, n)
+        return _encoder.encode(found)
+
+    async def status(self) -> bytes:
+        """Returns the encoded ModelStatus."""
+        return _encoder.encode(self._slot.status())
+
+    def close(self) -> None:
+        """Stops the replica's threads."""
+        for table in self._tables:
+            table.stop()
+        self._slot.stop()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _rank(self, asked: Asked, received: float) -> RankedAnswer:
+        with self._slot.lease() as model:
+            # Waiting for a thread has cost some of the budget.
+            left_s = max(asked.budget_s - (time.monotonic() - received), 0.0)
+            answer = self._recommend(msgspec.structs.replace(asked, budget_s=left_s), model)
+            self._slot.note_request(asked)
+            return msgspec.structs.replace(answer, waiting=model.waiting)
+
+    def _recommend(self, asked: Asked, model: LoadedModel) -> RankedAnswer:
+        return recommend(asked, self._catalogue, model, self._settings.ranker, self._settings.slate)
+
+    def _warm_up(self, asked: Asked, model: LoadedModel) -> RankedAnswer:
+        request = msgspec.structs.replace(asked.request, dry_run=True)
+        return self._recommend(msgspec.structs.replace(asked, request=request, budget_s=_WARM_UP_S), model)
+
+    def _similar(self, item_id: ItemId, n: int) -> list[SimilarItem]:
+        with self._slot.lease() as model:
+            row = self._catalogue.row(item_id)
+            vectors_RD = model.encodings.vectors
+            if row is None or row >= len(vectors_RD):
+                return []
+            near_R = vectors_RD @ vectors_RD[row]
+            near_R[row] = -np.inf
+            best = np.argsort(-near_R, kind="stable")[: n + 1]
+            best = best[(best < self._catalogue.num_rows) & model.encodings.ready(best)]
+            items = zip(self._catalogue.items_at(best), near_R[best].tolist(), strict=True)
+            return [
+                SimilarItem(item_id=item.item_id, title=item.title, score=round(score, 4))
+                for item, score in items
+                if item is not None and item.item_id != item_id
+            ][:n]
+
+    def _apply_item(self, item_id: str, value: bytes | None, at_ms: int) -> None:
+        self._catalogue.apply_item(item_id, value, at_ms)
+        self._slot.note_item()

@@ -1,0 +1,217 @@
+"""Scores, vectors and states from the ONNX graphs of a bundle. Needs onnxruntime, tokenizers and numpy, no torch.
+
+Shapes: B requests, N candidates, T states per item, H hidden size, D vector size (= H), F features, L-k layers above
+the split, h heads, d head size, U user tokens. Safe to call from several threads: sessions and tokenizers are fixed
+once loaded.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from tailrace.errors import BundleError, ProviderError
+from tailrace.model_card import RankerCard, load_ranker_card
+
+Precision = Literal["int8", "fp16", "fp32"]
+Provider = Literal["cpu", "cuda"]
+Floats = NDArray[np.float32]
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_TEXTS_PER_CALL = 32
+# Item states scored in one call: enough to keep the products busy, few enough to stay in a core's cache.
+_STATES_PER_CALL = 1024
+
+
+@dataclass(frozen=True)
+class EncodedUsers:
+    """What scoring needs of B users: keys [B,L-k,h,d,U], values [B,L-k,h,U,d], mask [B,U] int64, unit vectors [B,D]."""
+
+    keys: Floats
+    values: Floats
+    mask: NDArray[np.int64]
+    vectors_BD: Floats
+
+
+@dataclass(frozen=True)
+class EncodedItems:
+    """What scoring needs of N items, as it is kept: float16 states [N,T,H], their mask [N,T], unit vectors [N,D]."""
+
+    states_NTH: NDArray[np.float16]
+    mask_NT: NDArray[np.bool_]
+    vectors_ND: Floats
+
+
+class Scorer:
+    """One version of the ranker at one precision on one provider."""
+
+    def __init__(
+        self,
+        card: RankerCard,
+        tokenizers: tuple[Tokenizer, Tokenizer],
+        sessions: tuple[onnxruntime.InferenceSession, ...],
+    ) -> None:
+        self.card = card
+        self._user_tokenizer, self._item_tokenizer = tokenizers
+        self._user_encoder, self._item_encoder, self._scorer = sessions
+        self._scorer_inputs = {value.name for value in self._scorer.get_inputs()}
+
+    @classmethod
+    def load(
+        cls, directory: Path, *, precision: Precision = "int8", provider: Provider = "cpu", intra_op_threads: int = 1
+    ) -> Self:
+        """Returns the scorer of a bundle's folder.
+
+        Raises ProviderError where ONNX Runtime would run elsewhere than asked, BundleError naming a file that is
+        missing or damaged. Verify the bundle's checksums before: a damaged weight need not fail to load.
+        """
+        card = load_ranker_card(directory)
+        if precision not in card.precisions:
+            raise BundleError(f"{card.version} holds {', '.join(card.precisions)}, not {precision}")
+        limits = (card.max_user_tokens, card.max_item_tokens)
+        user_tokenizer, item_tokenizer = (_load_tokenizer(directory / "tokenizer.json", limit) for limit in limits)
+        graphs = ("user_encoder", "item_encoder", "scorer")
+        sessions = tuple(
+            _open_session(directory / precision / f"{graph}.onnx", provider, intra_op_threads) for graph in graphs
+        )
+        return cls(card, (user_tokenizer, item_tokenizer), sessions)
+
+    def encode_users(self, texts: Sequence[str]) -> EncodedUsers:
+        """Returns what scoring needs of the users with these texts, padded to the longest of them; at least one."""
+        if not texts:
+            raise ValueError("no user texts to encode")
+        tokens, mask = self._pad([encoding.ids for encoding in self._user_tokenizer.encode_batch(list(texts))])
+        found = [
+            self._user_encoder.run(
+                ("user_keys", "user_values", "user_vectors"), {"user_tokens": tokens[part], "user_mask": mask[part]}
+            )
+            for part in _parts(len(texts), _TEXTS_PER_CALL)
+        ]
+        keys, values, vectors = (np.concatenate(outputs) for outputs in zip(*found, strict=True))
+        return EncodedUsers(keys, values, mask, vectors)
+
+    def encode_items(self, texts: Sequence[str]) -> EncodedItems:
+        """Returns what scoring needs of the items with these texts, in their order.
+
+        Texts of like length are encoded together, so little is spent on padding.
+        """
+        card = self.card
+        kept = card.item_states or card.max_item_tokens
+        states = np.zeros((len(texts), kept, card.hidden_size), np.float16)
+        mask = np.zeros((len(texts), kept), np.bool_)
+        vectors = np.zeros((len(texts), card.hidden_size), np.float32)
+        for rows, tokens, token_mask in self._by_length(self._item_tokenizer, texts):
+            found, found_mask, found_vectors = self._item_encoder.run(
+                ("item_states", "item_state_mask", "item_vectors"), {"item_tokens": tokens, "item_mask": token_mask}
+            )
+            states[rows, : found.shape[1]] = found
+            mask[rows, : found.shape[1]] = found_mask
+            vectors[rows] = found_vectors
+        return EncodedItems(states, mask, vectors)
+
+    def embed(self, texts: Sequence[str]) -> Floats:
+        """Returns the unit vectors [N,D] of texts such as queries, comparable with the vectors of items."""
+        vectors = np.zeros((len(texts), self.card.hidden_size), np.float32)
+        for rows, tokens, mask in self._by_length(self._user_tokenizer, texts):
+            feeds = {"user_tokens": tokens, "user_mask": mask}
+            vectors[rows] = self._user_encoder.run(("user_vectors",), feeds)[0]
+        return vectors
+
+    def score(
+        self,
+        users: EncodedUsers,
+        states_BNTH: NDArray[np.floating],
+        mask_BNT: NDArray[np.bool_ | np.integer],
+        features_BNF: Floats,
+    ) -> tuple[Floats, Floats]:
+        """Returns click logits [B,N] and ratings [B,N] in 1..5 of each user's candidates.
+
+        What stands in padded candidates (an empty mask) is scored too and means nothing. In int8 the activations of
+        a call share their scales, so candidates scored together move each other by quantization noise; in the float
+        precisions they do not move at all. Raises ValueError where the features are not those of the model.
+        """
+        batch, count, num_states = mask_BNT.shape
+        if features_BNF.shape != (batch, count, len(self.card.feature_names)):
+            wanted = (batch, count, len(self.card.feature_names))
+            raise ValueError(f"features have shape {features_BNF.shape}, where the model takes {wanted}")
+        # Where every token keeps its state, columns that no candidate fills are left out.
+        if not self.card.item_states and count:
+            num_states = max(int(np.asarray(mask_BNT, np.bool_).any((0, 1)).sum()), 1)
+        shared = {
+            "user_keys": users.keys,
+            "user_values": users.values,
+            "user_mask": users.mask,
+            "user_vectors": users.vectors_BD,
+        }
+        logits = np.zeros((batch, count), np.float32)
+        ratings = np.zeros((batch, count), np.float32)
+        for part in _parts(count, max(_STATES_PER_CALL // (num_states * max(batch, 1)), 1)):
+            feeds = shared | {
+                "item_states": states_BNTH[:, part, :num_states].astype(np.float32),
+                "item_state_mask": mask_BNT[:, part, :num_states].astype(np.int64),
+                "features": features_BNF[:, part].astype(np.float32),
+            }
+            feeds = {name: value for name, value in feeds.items() if name in self._scorer_inputs}
+            logits[:, part], ratings[:, part] = self._scorer.run(("click_logits", "ratings"), feeds)
+        return logits, ratings
+
+    def _by_length(
+        self, tokenizer: Tokenizer, texts: Sequence[str]
+    ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.int64], NDArray[np.int64]]]:
+        """Yields the rows of texts of like length, with their tokens and mask, a micro-batch at a time."""
+        ids = [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
+        order = np.argsort([len(tokens) for tokens in ids], kind="stable")
+        for part in _parts(len(order), _TEXTS_PER_CALL):
+            rows = order[part]
+            yield rows, *self._pad([ids[row] for row in rows])
+
+    def _pad(self, ids: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        width = max((len(tokens) for tokens in ids), default=0)
+        tokens = np.full((len(ids), width), self.card.pad_token_id, np.int64)
+        mask = np.zeros((len(ids), width), np.int64)
+        for row, found in enumerate(ids):
+            tokens[row, : len(found)] = found
+            mask[row, : len(found)] = 1
+        return tokens, mask
+
+
+def _parts(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, count, size))
+
+
+def _load_tokenizer(path: Path, max_tokens: int) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the binding raises bare Exception
+        raise BundleError(f"{path}: {error}") from error
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(max_tokens)
+    return tokenizer
+
+
+def _open_session(path: Path, provider: Provider, intra_op_threads: int) -> onnxruntime.InferenceSession:
+    """Returns a session that runs where it was asked to. Raises ProviderError or BundleError."""
+    wanted = _PROVIDERS[provider]
+    if wanted not in onnxruntime.get_available_providers():
+        raise ProviderError(
+            f"{wanted} is not in this build of ONNX Runtime: {', '.join(onnxruntime.get_available_providers())}"
+        )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = intra_op_threads
+    options.inter_op_num_threads = 1
+    # A waiting thread sleeps: replicas share their cores with the stream workers.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=[wanted])
+    except Exception as error:  # ONNX Runtime's exceptions share no other base
+        raise BundleError(f"{path}: {error}") from error
+    if session.get_providers()[0] != wanted:
+        raise ProviderError(f"{path}: asked for {wanted}, ONNX Runtime chose {session.get_providers()[0]}")
+    return session
