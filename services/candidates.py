@@ -117,12 +117,15 @@ def build_pool(catalogue: Catalogue, vectors_RD: Vector, request: PoolRequest, r
 
 
 def nearest(vectors_RD: Vector, wanted_D: Vector, allowed_R: Flags, limit: int) -> Rows:
-    """Returns the allowed rows that have a vector, nearest to `wanted_D` first; none where that is not finite."""
+    """Returns the allowed rows that have a vector, nearest to `wanted_D` first; none where that is not finite.
+
+    A cosine of exactly 0 stands for a row without a vector.
+    """
     size = min(len(vectors_RD), len(allowed_R))
     if not np.isfinite(wanted_D).all():
         return np.empty(0, dtype=np.int64)
     near_R = vectors_RD[:size].astype(np.float32, copy=False) @ wanted_D.astype(np.float32)
-    return _top(near_R, allowed_R[:size] & vectors_RD[:size].any(axis=1), limit)
+    return _top(near_R, allowed_R[:size] & (near_R != 0), limit)
 
 
 def trending(catalogue: Catalogue, allowed_R: Flags, now_ms: int, limit: int) -> Rows:

@@ -42,8 +42,9 @@ class ItemEncodings:
     `cache_file` keeps them on disk by the digest of the text, for the same model version started again.
     """
 
-    def __init__(self, cache_file: Path | None = None) -> None:
+    def __init__(self, vector_size: int, cache_file: Path | None = None) -> None:
         self.texts: list[str | None] = []
+        self._none: Floats = np.zeros((0, vector_size), dtype=np.float32)
         self._cache_file = cache_file
         self._cached_at, self._cached = _load_cache(cache_file)
         self._unsaved = 0
@@ -67,7 +68,7 @@ class ItemEncodings:
     def vectors(self) -> Floats:
         """Every row's unit vector [R,H], zeros where a row is not ready. Do not write to it."""
         held = self._held
-        return np.zeros((0, 1), dtype=np.float32) if held is None else held[2]
+        return self._none if held is None else held[2]
 
     def ready(self, rows: Rows) -> Flags:
         """Returns which of the rows [N] have been encoded."""

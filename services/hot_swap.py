@@ -66,7 +66,7 @@ class ModelSlot:
         self._recent: deque[Asked] = deque(maxlen=_MAX_RECENT)
         self._encoding = threading.Lock()  # held for a chunk of items
         self._reference = threading.Lock()  # held for an instant
-        self._serving = threading.Event()
+        self._settled = threading.Event()
         self._stop = threading.Event()
         self._items_changed = threading.Event()
         self._look = threading.Event()
@@ -92,8 +92,9 @@ class ModelSlot:
             self._model.retire()
 
     def wait(self, timeout_s: float) -> bool:
-        """Returns whether a model serves, after waiting for it for `timeout_s` at most."""
-        return self._serving.wait(timeout_s)
+        """Returns whether a model serves, once the first has been loaded or refused, or after `timeout_s`."""
+        self._settled.wait(timeout_s)
+        return self._model is not None
 
     @contextmanager
     def lease(self) -> Iterator[LoadedModel]:
@@ -152,6 +153,7 @@ class ModelSlot:
                     self._swap(wanted)
             except (BundleError, OSError) as error:
                 log.error("the registry's pointer cannot be read", error=str(error))
+            self._settled.set()
             self._look.wait(_POINTER_INTERVAL_S)
 
     def _serves(self, version: ModelVersion) -> bool:
@@ -170,10 +172,10 @@ class ModelSlot:
             # 4. Warm up.
             for asked in list(self._recent) or [_FIRST_REQUEST]:
                 _require_sound(version, self._warm_up(asked, model))
-        except (TailraceError, OSError) as error:
-            self._refused[version] = str(error)
+        except Exception as error:  # whatever is wrong with a bundle must not end this thread
+            self._refused[version] = str(error) if isinstance(error, TailraceError | OSError) else repr(error)
             serving = None if self._model is None else self._model.version
-            log.error("model refused; the old one serves on", version=version, serving=serving, error=str(error))
+            log.exception("model refused; the old one serves on", version=version, serving=serving)
             if model is not None:
                 model.retire()
             return
@@ -182,7 +184,6 @@ class ModelSlot:
         # 5. Flip. The encoding thread is between two chunks: only one thread at a time fills an encoding.
         with self._encoding, self._reference:
             old, self._model = self._model, model
-        self._serving.set()
         self._swaps += 1
         log.info("model serves", version=version, took_s=round(time.monotonic() - started, 2))
         if old is not None:

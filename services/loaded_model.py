@@ -76,7 +76,7 @@ class LoadedModel:
         if tuple(card.feature_names) != FEATURE_NAMES or str(card.text_version) != str(TEXT_VERSION):
             raise BundleError(f"{version} was trained on other features or text than this program makes")
         cache = settings.path("cache") / "items" / f"{version}-{precision}.npz" if ranker.item_text_cache else None
-        return cls(version, precision, scorer, ItemEncodings(cache), settings)
+        return cls(version, precision, scorer, ItemEncodings(card.hidden_size, cache), settings)
 
     @property
     def waiting(self) -> int:

@@ -101,8 +101,8 @@ def install_problem_answers(app: FastAPI) -> None:
 
     async def answer(request: Request, error: Exception) -> Response:
         problem = problem_of(error)
-        if problem.status >= 500:
-            log.error("request failed", path=request.url.path, status=problem.status, error=repr(error))
+        if problem.status == 500:
+            log.error("request failed", path=request.url.path, error=repr(error), exc_info=error)
         headers = dict(error.headers) if isinstance(error, HTTPException) and error.headers else {}
         return problem_response(problem, request.url.path, headers)
 

@@ -53,7 +53,7 @@ class Ranker:
         self._slot.start()
 
     def wait(self, timeout_s: float) -> bool:
-        """Returns whether a model serves, after waiting for it for `timeout_s` at most."""
+        """Returns whether a model serves, once the first has been loaded or refused, or after `timeout_s`."""
         return self._slot.wait(timeout_s)
 
     async def rank(self, asked: bytes) -> bytes:

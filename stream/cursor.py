@@ -53,6 +53,7 @@ class StreamCursor:
             max_poll_records=settings.stream.max_batch,
             fetch_min_bytes=1,
             fetch_max_wait_ms=_FETCH_MAX_WAIT_MS,
+            retry_backoff_ms=20,
             metadata_max_age_ms=30_000,
         )
         places = [place for of_partition in self._places.values() for place in of_partition]

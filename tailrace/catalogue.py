@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -45,6 +46,13 @@ class ItemRows:
     touches_ms_NT: Times  # newest first
 
 
+class Topics(NamedTuple):
+    """One item's interest keys: `tag:gothic`, `author:Mary Shelley`."""
+
+    tags: tuple[str, ...] = ()
+    entities: tuple[str, ...] = ()
+
+
 class Catalogue:
     """Items and their counters by row. `apply_item` and `apply_stats` fit `table_reader.ApplyRecord`.
 
@@ -58,10 +66,11 @@ class Catalogue:
         self._lock = threading.RLock()
         self._row_of: dict[ItemId, int] = {}
         self._items: list[Item | None] = []
-        self._topics: list[tuple[str, ...]] = []
+        self._topics: list[Topics] = []
         self._topic_rows: dict[str, set[int]] = {}
         self._topic_arrays: dict[str, Rows] = {}
         self._free: deque[tuple[int, int]] = deque()  # (row, when freed)
+        self._covisits: dict[ItemId, tuple[int, dict[ItemId, float]]] = {}  # added up when first asked for
         self._partials: dict[ItemId, dict[int, ItemStats]] = {}
         self._unannounced: dict[ItemId, None] = {}  # oldest first
         self._version = 0
@@ -106,6 +115,7 @@ class Catalogue:
             raise InvalidRecord(f"expected {len(HALF_LIVES_S)} half-lives", field="$.sums")
         with self._lock:
             partials = self._partials.setdefault(ItemId(item_id), {})
+            self._covisits.pop(ItemId(item_id), None)
             if stats is None:
                 partials.pop(int(partition), None)
             else:
@@ -149,11 +159,13 @@ class Catalogue:
 
     def items_at(self, rows: Sequence[int] | Rows) -> list[Item | None]:
         """Returns the items in these rows, None where a row is free."""
-        return [self._items[row] for row in rows]
+        items = self._items
+        return [items[row] for row in rows]
 
-    def topics_at(self, rows: Sequence[int] | Rows) -> list[tuple[str, ...]]:
-        """Returns each row's interest keys (`tag:gothic`, `author:Mary Shelley`)."""
-        return [self._topics[row] for row in rows]
+    def topics_at(self, rows: Sequence[int] | Rows) -> list[Topics]:
+        """Returns each row's interest keys."""
+        topics = self._topics
+        return [topics[row] for row in rows]
 
     def live_rows(self) -> Rows:
         """Returns int64: every row that holds an item, ascending."""
@@ -209,12 +221,9 @@ class Catalogue:
     def covisits(self, item_id: ItemId, now_ms: int) -> dict[ItemId, float]:
         """Returns what users of this item touched close to it, with decayed weights added over partitions."""
         with self._lock:
-            partials = list(self._partials.get(item_id, {}).values())
-        weights: dict[ItemId, float] = {}
-        for partial in partials:
-            for other, held in partial.covisits.items():
-                weights[other] = weights.get(other, 0.0) + decayed(held, now_ms)
-        return weights
+            held_ms, weights = self._covisits.get(item_id) or self._add_covisits(item_id)
+        share = decayed((held_ms, 1.0), now_ms)
+        return {other: weight * share for other, weight in weights.items()}
 
     # What writing is made of; the lock is held.
 
@@ -226,7 +235,7 @@ class Catalogue:
             if row == len(self._versions):
                 self._grow()
             self._items.append(None)
-            self._topics.append(())
+            self._topics.append(Topics())
         self._announced_ms[row] = at_ms
         self._unannounced.pop(item_id, None)
         self._row_of[item_id] = row
@@ -235,8 +244,12 @@ class Catalogue:
     def _put(self, row: int, item: Item) -> None:
         self._unlink(row)
         self._items[row] = item
-        self._topics[row] = tuple(dict.fromkeys(item.topics_of_interest))
-        for key in self._topics[row]:
+        keys = dict.fromkeys(item.topics_of_interest)
+        self._topics[row] = Topics(
+            tags=tuple(key for key in keys if key.startswith("tag:")),
+            entities=tuple(key for key in keys if not key.startswith("tag:")),
+        )
+        for key in keys:
             self._topic_rows.setdefault(key, set()).add(row)
             self._topic_arrays.pop(key, None)
         self._add_partials(row, item.item_id)
@@ -246,9 +259,10 @@ class Catalogue:
         row = self._row_of.pop(item_id, None)
         if row is None:
             return
+        self._covisits.pop(item_id, None)
         self._unlink(row)
         self._items[row] = None
-        self._topics[row] = ()
+        self._topics[row] = Topics()
         self._announced_ms[row] = self._created_ms[row] = self._first_ms[row] = NEVER_MS
         self._touches_ms[row] = NEVER_MS
         self._sums[row] = 0.0
@@ -259,7 +273,7 @@ class Catalogue:
             self._await_item(item_id)
 
     def _unlink(self, row: int) -> None:
-        for key in self._topics[row]:
+        for key in (*self._topics[row].tags, *self._topics[row].entities):
             rows = self._topic_rows[key]
             rows.discard(row)
             self._topic_arrays.pop(key, None)
@@ -304,6 +318,16 @@ class Catalogue:
         self._created_ms[row] = (
             known if known is not None else announced_ms if first_ms is None else min(announced_ms, first_ms)
         )
+
+    def _add_covisits(self, item_id: ItemId) -> tuple[int, dict[ItemId, float]]:
+        pairs = [pair for partial in self._partials.get(item_id, {}).values() for pair in partial.covisits.items()]
+        newest_ms = max((held[0] for _, held in pairs), default=0)
+        weights: dict[ItemId, float] = {}
+        for other, held in pairs:
+            weights[other] = weights.get(other, 0.0) + decayed(held, newest_ms)
+        if item_id in self._row_of:
+            self._covisits[item_id] = (newest_ms, weights)
+        return newest_ms, weights
 
     def _grow(self) -> None:
         for name in ("_announced_ms", "_created_ms", "_first_ms", "_touches_ms", "_sums", "_held_ms", "_versions"):

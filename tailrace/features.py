@@ -10,6 +10,7 @@ import base64
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import sqrt
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,15 +75,21 @@ FEATURE_NAMES_HASH: str = hashlib.sha256(
     "\n".join((*FEATURE_NAMES, f"features {FEATURE_VERSION}", f"text {TEXT_VERSION}")).encode()
 ).hexdigest()[:16]
 
-# Version 0 of the model is this sum and nothing else. See `training.model.Head`: learning starts from it.
+# Version 0 of the model is this sum and nothing else (`training.model.Head`): learning starts from it. Read it as
+# log(popularity of the last hours) - log(age) / 2, plus taste. Chosen on Deskdrop's third quarter, which fixes the
+# counters and how much an untrained cosine may weigh, and in `tailrace.world`, which fixes taste against popularity.
 PRIOR_WEIGHTS: Mapping[str, float] = {
     "heat_users_1h": 0.5,
-    "heat_users_6h": 0.5,
-    "log_age": -0.5,
-    "cos_user": 3.0,
+    "heat_users_6h": 0.25,
+    "heat_rated_up_6h": 0.15,
+    "heat_rated_up_24h": 0.15,
+    "newness": 0.5,
+    "covisit": 0.5,
+    "cos_user": 2.0,
     "cos_history": 4.0,
-    "cos_query": 25.0,
-    "tag_affinity": 1.5,
+    "cos_query": 25.0,  # a query says outright what is wanted: more than all the rest together
+    "tag_affinity": 6.0,
+    "entity_affinity": 2.0,
     "shown_to_user": -0.5,
     "touched_by_user": -3.0,
 }
@@ -161,12 +168,13 @@ def compute_features(
         "cos_history": cosines.history_N,
         "cos_recent": cosines.recent_N,
     }
-    columns |= _affinity_columns(catalogue, rows_N, profile, now_ms)
+    interests = now_interests(profile, now_ms)
+    columns |= _affinity_columns(catalogue, rows_N, interests)
     columns |= _covisit_columns(catalogue, rows_N, held, profile, now_ms)
     columns |= _fatigue_columns(catalogue, rows_N, profile, now_ms)
-    columns |= _user_columns(profile, context, query_given, now_ms)
+    columns |= _user_columns(profile, interests, context, query_given, now_ms)
     # 2. Ranks within the pool.
-    columns |= {f"rank_{name}": pool_ranks(np.broadcast_to(columns[name], len(rows_N))) for name in _RANKED}
+    columns |= {f"rank_{name}": pool_ranks(np.asarray(columns[name])) for name in _RANKED}
     # 3. One array, in order.
     features_NF = np.empty((len(rows_N), len(FEATURE_NAMES)), dtype=np.float32)
     for index, name in enumerate(FEATURE_NAMES):
@@ -232,7 +240,8 @@ def _time_columns(held: ItemRows, profile: Profile, now_ms: int) -> dict[str, Co
     columns: dict[str, Column] = {
         "log_age": np.log1p(age_s_N / 3600),
         "rsqrt_age": 1 / np.sqrt(1 + age_s_N / 3600),
-        "newness": -np.log1p(age_s_N / 60),
+        # In steps of 5 %: items announced together are equally new, and so tie in rank.
+        "newness": -np.round(np.log1p(age_s_N / 60) * 20) / 20,
         "newer_than_visit": 0.0 if visit_ms is None else (held.created_ms_N > visit_ms).astype(np.float32),
         "touched_since_visit": 0.0 if visit_ms is None else (held.touches_ms_NT[:, 0] > visit_ms).astype(np.float32),
     }
@@ -249,21 +258,22 @@ def last_visit_ms(profile: Profile, now_ms: int) -> int | None:
     return None
 
 
-def _affinity_columns(catalogue: Catalogue, rows_N: Rows, profile: Profile, now_ms: int) -> dict[str, Column]:
+def _affinity_columns(catalogue: Catalogue, rows_N: Rows, interests: Mapping[str, float]) -> dict[str, Column]:
     """Cosines between the user's decayed interests and each item's tags, or entities, as sparse vectors."""
-    interests = now_interests(profile, now_ms)
-    tags = {key: weight for key, weight in interests.items() if key.startswith("tag:")}
-    entities = {key: weight for key, weight in interests.items() if not key.startswith("tag:")}
-    affinity_N2 = np.zeros((len(rows_N), 2), dtype=np.float64)
-    if interests:
-        tag_norm, entity_norm = (sum(w * w for w in group.values()) ** 0.5 or 1.0 for group in (tags, entities))
-        for index, topics in enumerate(catalogue.topics_at(rows_N)):
-            num_tags = sum(key.startswith("tag:") for key in topics)
-            of_tags = sum(tags[key] for key in topics if key in tags)
-            of_entities = sum(entities[key] for key in topics if key in entities)
-            affinity_N2[index, 0] = of_tags / (tag_norm * max(num_tags, 1) ** 0.5)
-            affinity_N2[index, 1] = of_entities / (entity_norm * max(len(topics) - num_tags, 1) ** 0.5)
-    return {"tag_affinity": affinity_N2[:, 0], "entity_affinity": affinity_N2[:, 1]}
+    tag_norm = sum(weight**2 for key, weight in interests.items() if key.startswith("tag:")) ** 0.5 or 1.0
+    entity_norm = sum(weight**2 for key, weight in interests.items() if not key.startswith("tag:")) ** 0.5 or 1.0
+    topics_N = catalogue.topics_at(rows_N.tolist())
+    return {
+        "tag_affinity": np.array([_shared(topics.tags, interests) for topics in topics_N]) / tag_norm,
+        "entity_affinity": np.array([_shared(topics.entities, interests) for topics in topics_N]) / entity_norm,
+    }
+
+
+def _shared(keys: tuple[str, ...], interests: Mapping[str, float]) -> float:
+    shared = 0.0
+    for key in keys:
+        shared += interests.get(key, 0.0)
+    return shared / sqrt(len(keys)) if shared else 0.0
 
 
 def _covisit_columns(
@@ -275,7 +285,7 @@ def _covisit_columns(
             weights[other] = weights.get(other, 0.0) + weight
     covisits_N = np.zeros(len(rows_N), dtype=np.float64)
     if weights:
-        for index, item in enumerate(catalogue.items_at(rows_N)):
+        for index, item in enumerate(catalogue.items_at(rows_N.tolist())):
             if item is not None:
                 covisits_N[index] = weights.get(item.item_id, 0.0)
     users_7d_N = held.sums_NKH[:, KINDS.index("users"), HALF_LIVES_S.index(604_800.0)]
@@ -287,7 +297,7 @@ def _fatigue_columns(catalogue: Catalogue, rows_N: Rows, profile: Profile, now_m
     times_N = np.zeros(len(rows_N))
     at_ms_N = np.full(len(rows_N), NEVER_MS, dtype=np.int64)
     touched_N = np.zeros(len(rows_N))
-    for index, item in enumerate(catalogue.items_at(rows_N)):
+    for index, item in enumerate(catalogue.items_at(rows_N.tolist())):
         if item is not None:
             item_id = item.item_id
             if item_id in shown:
@@ -301,12 +311,13 @@ def _fatigue_columns(catalogue: Catalogue, rows_N: Rows, profile: Profile, now_m
     }
 
 
-def _user_columns(profile: Profile, context: Context | None, query_given: bool, now_ms: int) -> dict[str, Column]:
+def _user_columns(
+    profile: Profile, interests: Mapping[str, float], context: Context | None, query_given: bool, now_ms: int
+) -> dict[str, Column]:
     local = local_time(context, now_ms)
     angle = 2 * np.pi * (local.hour + local.minute / 60) / 24
     idle_s = _LONGEST_S if profile.last_at_ms is None else min(max(now_ms - profile.last_at_ms, 0) / 1000, _LONGEST_S)
     day = sum(now_ms - touch.at_ms <= 86_400_000 for touch in profile.recent)
-    interests = now_interests(profile, now_ms)
     return {
         "user_events": float(np.log1p(profile.events)),
         "user_idle": float(np.log1p(idle_s / 3600)),

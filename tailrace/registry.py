@@ -23,9 +23,10 @@ from typing import Any, Literal
 
 import fsspec
 import msgspec
+from kafka.errors import KafkaError
 
 from tailrace.bundle import MANIFEST, FileEntry, Manifest, decode_manifest, read_card, verify_files
-from tailrace.errors import BundleError, SettingsError
+from tailrace.errors import BrokerUnavailable, BundleError, SettingsError
 from tailrace.events import ModelAnnouncement, encode
 from tailrace.ids import ModelVersion
 from tailrace.kafka_clients import open_producer
@@ -299,12 +300,14 @@ class Registry:
 def announce(kafka: KafkaSettings, announcement: ModelAnnouncement) -> None:
     """Tells every replica: produces to `models` under the key `pointer`; returns when the broker has it.
 
-    Raises BrokerUnavailable, or kafka's error when the broker does not acknowledge within 10 s.
+    Raises BrokerUnavailable, also when the broker does not acknowledge within 10 s.
     """
     producer = open_producer(kafka)
     try:
         sent = producer.send(tailrace_topics(kafka)["models"].name, key=b"pointer", value=encode(announcement))
         sent.get(timeout=10)
+    except KafkaError as error:
+        raise BrokerUnavailable(f"Kafka at {kafka.bootstrap_servers} did not take the announcement: {error}") from error
     finally:
         producer.close(timeout=10)
 

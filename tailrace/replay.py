@@ -177,6 +177,12 @@ class _Sender:
         self._lock = threading.Lock()
         self._failed: list[BaseException] = []
         self._producer: Any = open_producer(kafka, linger_ms=linger_ms, batch_size=262_144, delivery_timeout_ms=45_000)
+        try:
+            for role in ("items", *USER_STREAMS):
+                self._producer.partitions_for(self._topics[role])  # learnt now, so that the first record is not late
+        except KafkaError as error:
+            self._producer.close(timeout=0)
+            raise self._stopped(error) from error
         self._begun = time.monotonic()
 
     def __enter__(self) -> "_Sender":

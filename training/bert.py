@@ -109,6 +109,11 @@ class Bert(nn.Module):
         self.dropout = nn.Dropout(shape.hidden_dropout_prob)
         self.layers = nn.ModuleList(BertLayer(shape) for _ in range(shape.num_hidden_layers))
 
+    @property
+    def stack(self) -> list[BertLayer]:
+        """The layers, lowest first."""
+        return [layer for layer in self.layers if isinstance(layer, BertLayer)]
+
     def embed(self, tokens: Tensor, table: Tensor | None = None) -> Tensor:
         """Returns embedded tokens [B,M,H]: positions from 0, token type 0. `table` stands in for the word table."""
         words = nn.functional.embedding(tokens, self.words.weight if table is None else table)

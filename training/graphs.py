@@ -74,13 +74,13 @@ def trace_graphs(ranker: SplitRanker) -> dict[str, onnx.ModelProto]:
     candidates = {"item_states": slate | slate_kept, "item_state_mask": slate | slate_kept, "features": slate}
     scores = {"click_logits": slate, "ratings": slate, "pooled_states": slate}
     return {
-        "user_encoder": _trace(
+        "user_encoder": trace_graph(
             _UserEncoder(ranker), (user_tokens, user_tokens, words), [*users, WORD_TABLE], encoded_users, users
         ),
-        "item_encoder": _trace(
+        "item_encoder": trace_graph(
             _ItemEncoder(ranker), (item_tokens, item_tokens, words), [*items, WORD_TABLE], encoded_items, items
         ),
-        "scorer": _trace(
+        "scorer": trace_graph(
             _Scorer(ranker),
             (keys, values, user_tokens, vectors, slate_states, slate_mask, features),
             ["user_keys", "user_values", "user_mask", "user_vectors", *candidates],
@@ -90,7 +90,7 @@ def trace_graphs(ranker: SplitRanker) -> dict[str, onnx.ModelProto]:
     }
 
 
-def _trace(
+def trace_graph(
     module: nn.Module,
     inputs: tuple[Tensor, ...],
     input_names: Sequence[str],
@@ -131,7 +131,7 @@ def save_graphs(
         path = directory / f"{name}.onnx"
         head = [node.name for node in graph.graph.node if HEAD_SCOPE in node.name]
         if precision == "int8":
-            model = _quantize(graph, path, head)
+            model = quantize_graph(graph, head)
         elif precision == "fp16":
             model = _halve(graph, head)
         else:
@@ -141,20 +141,23 @@ def save_graphs(
         path.write_bytes(model.SerializeToString())
 
 
-def _quantize(graph: onnx.ModelProto, path: Path, head: Sequence[str]) -> onnx.ModelProto:
+def quantize_graph(graph: onnx.ModelProto, kept: Sequence[str] = ()) -> onnx.ModelProto:
+    """Returns a graph with its products with constants in int8; nodes named in `kept` stay float32."""
     model = _copy(graph)
     # Says that shapes are known; without it the quantizer advises to infer them, through the root logger.
     helper.set_model_props(model, {"onnx.quant.pre_process": "onnxruntime.quant"})
-    quantize_dynamic(
-        model,
-        path,
-        op_types_to_quantize=["MatMul"],
-        per_channel=True,
-        weight_type=QuantType.QInt8,
-        nodes_to_exclude=list(head),
-        extra_options={"MatMulConstBOnly": True},
-    )
-    return onnx.load(path)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "quantized.onnx"
+        quantize_dynamic(
+            model,
+            path,
+            op_types_to_quantize=["MatMul"],
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            nodes_to_exclude=list(kept),
+            extra_options={"MatMulConstBOnly": True},
+        )
+        return onnx.load(path)
 
 
 def _halve(graph: onnx.ModelProto, head: Sequence[str]) -> onnx.ModelProto:

@@ -114,7 +114,7 @@ class SplitRanker(nn.Module):
         states = self.bert.embed(user_tokens, table)
         bias = _attention_bias(user_mask)
         all_keys, all_values = [], []
-        for depth, layer in enumerate(self._layers):
+        for depth, layer in enumerate(self.bert.stack):
             query, key, value = layer.project(states)
             if depth >= self.split_layer:
                 all_keys.append(key.transpose(-1, -2))
@@ -136,7 +136,7 @@ class SplitRanker(nn.Module):
         states = self.bert.embed(item_tokens, table)
         bias = _attention_bias(item_mask)
         kept, kept_mask = states, item_mask
-        for depth, layer in enumerate([*self._layers, None]):
+        for depth, layer in enumerate([*self.bert.stack, None]):
             if depth == self.split_layer:
                 kept, kept_mask = self._pool_segments(states, item_mask)
                 if not with_vectors:
@@ -161,7 +161,7 @@ class SplitRanker(nn.Module):
         user_bias = _attention_bias(user_mask)
         own_bias = _attention_bias(state_mask.reshape(batch * count, per_item))
         own_bias = own_bias.reshape(batch, 1, count, 1, per_item)
-        for depth, layer in enumerate(self._layers[self.split_layer :]):
+        for depth, layer in enumerate(self.bert.stack[self.split_layer :]):
             states = self._attend_jointly(
                 layer, states, user_keys[:, depth], user_values[:, depth], user_bias, own_bias
             )
@@ -170,10 +170,6 @@ class SplitRanker(nn.Module):
         match = (nn.functional.normalize(pooled, dim=-1) * user_vectors.unsqueeze(1)).sum(-1)
         click_logits, ratings = self.head(pooled, match, features)
         return click_logits, ratings, pooled
-
-    @property
-    def _layers(self) -> list[BertLayer]:
-        return [layer for layer in self.bert.layers if isinstance(layer, BertLayer)]
 
     def _attend_jointly(
         self,

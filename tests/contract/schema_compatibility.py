@@ -28,9 +28,11 @@ class _Comparison:
         found: list[str] = []
         new_alternatives = _alternatives(new, self._new_defs)
         for one in _alternatives(old, self._old_defs):
-            attempts = [self._of_one(one, other, path) for other in new_alternatives if _types(one) <= _types(other)]
+            attempts: list[list[str]] = [
+                self._of_one(one, other, path) for other in new_alternatives if _types(one) <= _types(other)
+            ]
             if attempts:
-                found += min(attempts, key=lambda changes: len(changes))
+                found += sorted(attempts, key=len)[0]
             else:
                 found.append(f"{path}: type {sorted(_types(one))} refused")
         return found

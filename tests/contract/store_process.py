@@ -1,9 +1,9 @@
-"""A second process on a store, for the contract suite: `python -m tests.contract.store_process STEP KIND WHERE PARTITION`.
+"""A second process on a store, for the contract suite.
 
-read    prints the partition as JSON
-write   saves 1, 2, 3, … until it is killed
-hold    keeps a snapshot open until it is killed
-fill    saves on a disk that fills up, and prints what came of it
+    python -m tests.contract.store_process STEP KIND WHERE PARTITION
+
+`read` prints the partition as JSON; `write` saves 1, 2, 3, … until it is killed; `hold` keeps a snapshot open until
+it is killed; `fill` saves on a disk that fills up, and prints what came of it.
 """
 
 import json

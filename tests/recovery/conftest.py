@@ -7,18 +7,27 @@ from pathlib import Path
 import pytest
 
 from stream.broker import LocalKafka
+from tests.recovery.launcher import Launcher
 from tests.recovery.scene import Scene
 
 
+@pytest.fixture(scope="session")
+def launcher() -> Iterator[Launcher]:
+    """Starts worker processes quickly."""
+    made = Launcher()
+    yield made
+    made.close()
+
+
 @pytest.fixture
-def scene(tmp_path: Path, kafka: LocalKafka) -> Iterator[Callable[..., Scene]]:
+def scene(tmp_path: Path, kafka: LocalKafka, launcher: Launcher) -> Iterator[Callable[..., Scene]]:
     """Makes scenes on the shared Kafka, and stops their workers afterwards."""
     made: list[Scene] = []
 
     def make(**options: object) -> Scene:
         folder = tmp_path / f"scene{len(made)}"
         folder.mkdir()
-        made.append(Scene(folder, kafka.bootstrap_servers, **options))  # type: ignore[arg-type]  # options of Scene
+        made.append(Scene(folder, kafka.bootstrap_servers, launcher, **options))  # type: ignore[arg-type]  # options of Scene
         return made[-1]
 
     yield make

@@ -32,6 +32,7 @@ class Folded:
     dead_letters: set[str] = field(default_factory=set)
     event_ids: set[tuple[str, str]] = field(default_factory=set)  # (stream, event id), of users never erased
     erased: set[str] = field(default_factory=set)
+    events: int = 0
     repeated: int = 0
 
 
@@ -95,6 +96,7 @@ def fold_log(settings: Settings) -> Folded:
                 outcome = fold_event(event, profile, counters, items.get(getattr(event, "item_id", "")))
                 if outcome is Outcome.APPLIED:
                     touched.add(user_id)
+                folded.events += outcome is Outcome.APPLIED
                 folded.repeated += outcome is Outcome.REPEATED
                 if user_id not in folded.erased:
                     folded.event_ids.add((stream, event.event_id))

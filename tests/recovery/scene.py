@@ -1,9 +1,6 @@
 """The scene of a recovery test: topics and a store of its own, real worker processes, and waiting with a deadline."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -12,16 +9,14 @@ from typing import Any
 
 from kafka import TopicPartition
 
-from stream.bound_process import start_bound
 from tailrace.errors import StoreError
 from tailrace.kafka_clients import create_topics, open_consumer
 from tailrace.settings import Settings, load_settings
 from tailrace.stores import open_store
 from tailrace.stores.store import Store
 from tailrace.topics import USER_STREAMS, tailrace_topics
+from tests.recovery.launcher import Launcher, WorkerProcess
 from tests.recovery.traffic import announce_items
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> float:
@@ -41,6 +36,7 @@ class Scene:
         self,
         folder: Path,
         bootstrap_servers: str,
+        launcher: Launcher,
         *,
         partitions: int = 2,
         store: dict[str, Any] | None = None,
@@ -48,6 +44,7 @@ class Scene:
         **stream: Any,
     ) -> None:
         self.folder = folder
+        self._launcher = launcher
         sections: dict[str, dict[str, Any]] = {
             "kafka": {
                 "bootstrap_servers": bootstrap_servers,
@@ -61,7 +58,7 @@ class Scene:
         self.file = folder / "tailrace.toml"
         self.file.write_text(_toml({"data_dir": str(folder / "data")}, sections))
         self.settings: Settings = load_settings(self.file, {})
-        self.workers: list[subprocess.Popen[bytes]] = []
+        self.workers: list[WorkerProcess] = []
         self._store: Store | None = None
         if create:
             create_topics(self.settings.kafka)
@@ -74,23 +71,12 @@ class Scene:
             self._store = open_store(self.settings)
         return self._store
 
-    def start_worker(
-        self, partitions: Sequence[int] | None = None, *options: str, die_after: str = "", on_batch: int = 1
-    ) -> subprocess.Popen[bytes]:
+    def start_worker(self, partitions: Sequence[int] | None = None, **options: str | int | None) -> WorkerProcess:
         """Returns a worker process of the given partitions (all), which dies where it is told to."""
-        owned = range(self.settings.kafka.user_partitions) if partitions is None else partitions
-        command = [
-            sys.executable, "-m", "tests.recovery.worker_process",
-            "--settings", str(self.file),
-            "--partitions", ",".join(map(str, owned)),
-            "--die-after", die_after,
-            "--on-batch", str(on_batch),
-            *options,
-        ]  # fmt: skip
-        log = self.folder / f"worker-{len(self.workers)}.log"
-        worker = start_bound(command, log, folder=REPOSITORY)
-        self.workers.append(worker)
-        return worker
+        owned = list(range(self.settings.kafka.user_partitions) if partitions is None else partitions)
+        log = self.folder / f"worker-{len(self.workers):03d}.log"
+        self.workers.append(self._launcher.start(self.file, owned, log, **options))
+        return self.workers[-1]
 
     def ends(self) -> dict[int, dict[str, int]]:
         """Returns the end of the log by partition and stream."""
@@ -135,26 +121,18 @@ class Scene:
     def close(self) -> None:
         """Stops every worker, gracefully where it still can, and the store."""
         for worker in self.workers:
-            if worker.poll() is None:
-                os.kill(worker.pid, signal.SIGCONT)
-                worker.terminate()
+            worker.signal(signal.SIGCONT)
+            worker.signal(signal.SIGTERM)
         for worker in self.workers:
-            try:
-                worker.wait(20)
-            except subprocess.TimeoutExpired:
-                worker.kill()
+            if not worker.ended.wait(20):
+                worker.signal(signal.SIGKILL)
         if self._store is not None:
             self._store.close()
 
 
-def wait_for_death(worker: subprocess.Popen[bytes], timeout_s: float = 30.0) -> int:
-    """Returns the exit status of a worker that is to die by itself."""
-    return worker.wait(timeout_s)
-
-
-def stop_gracefully(worker: subprocess.Popen[bytes], timeout_s: float = 20.0) -> None:
+def stop_gracefully(worker: WorkerProcess, timeout_s: float = 20.0) -> None:
     """Asks a worker to stop, and sees that it does so without complaint."""
-    worker.terminate()
+    worker.signal(signal.SIGTERM)
     assert worker.wait(timeout_s) == 0
 
 

@@ -1,6 +1,5 @@
 """One test per row of the failure table in the README: what dies, between which two steps, and what follows."""
 
-import os
 import signal
 from collections.abc import Callable
 
@@ -8,7 +7,7 @@ import pytest
 
 from stream.worker import STEPS
 from tests.recovery.oracle import assert_state_equals_log, assert_stats_equal_counters
-from tests.recovery.scene import Scene, stop_gracefully, wait_for_death, wait_until
+from tests.recovery.scene import Scene, stop_gracefully, wait_until
 from tests.recovery.traffic import produce
 
 MakeScene = Callable[..., Scene]
@@ -20,7 +19,7 @@ def test_worker_killed_after_a_step_leaves_the_state_of_the_log(scene: MakeScene
     produce(here.settings, seed=1, count=1500)
     # The first and then a later batch: with nothing saved, and with something to go back to.
     for batch in (1, 3):
-        assert wait_for_death(here.start_worker(die_after=step, on_batch=batch)) == -signal.SIGKILL, here.logs()
+        assert here.start_worker(die_after=step, on_batch=batch).wait(30) == -signal.SIGKILL, here.logs()
     survivor = here.start_worker()
     here.wait_for_the_end()
     stop_gracefully(survivor)
@@ -33,14 +32,14 @@ def test_zombie_worker_is_fenced_and_changes_nothing(scene: MakeScene) -> None:
     produce(here.settings, seed=2, count=300)
     zombie = here.start_worker()
     here.wait_for_the_end()
-    os.kill(zombie.pid, signal.SIGSTOP)
+    zombie.signal(signal.SIGSTOP)
     produce(here.settings, seed=3, count=600)
     heir = here.start_worker()
     here.wait_for_the_end()
     produce(here.settings, seed=4, count=600)
-    os.kill(zombie.pid, signal.SIGCONT)
+    zombie.signal(signal.SIGCONT)
     # Fenced out of every partition, the zombie ends by itself, in peace.
-    assert wait_for_death(zombie) == 0
+    assert zombie.wait(30) == 0
     here.wait_for_the_end()
     stop_gracefully(heir)
     assert_state_equals_log(here.settings, here.store)

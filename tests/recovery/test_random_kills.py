@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from stream.broker import LocalKafka
+from tests.recovery.launcher import Launcher
 from tests.recovery.oracle import assert_state_equals_log, assert_stats_equal_counters
 from tests.recovery.scene import Scene, stop_gracefully
 from tests.recovery.traffic import Traffic, produce
@@ -21,12 +22,16 @@ SEED = int(os.environ.get("TAILRACE_SEED", "7"))
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", ["lmdb", "valkey"])
-def test_random_kills_leave_the_state_of_the_log(tmp_path: Path, kills: int, kind: str) -> None:
+def test_random_kills_leave_the_state_of_the_log(tmp_path: Path, launcher: Launcher, kills: int, kind: str) -> None:
     rng = random.Random(SEED)
     kafka = LocalKafka.start(tmp_path / "kafka")
     valkey = start_valkey(tmp_path, append_only=True) if kind == "valkey" else None
     here = Scene(
-        tmp_path, kafka.bootstrap_servers, partitions=4, store={"kind": kind, "url": valkey.url if valkey else ""}
+        tmp_path,
+        kafka.bootstrap_servers,
+        launcher,
+        partitions=4,
+        store={"kind": kind, "url": valkey.url if valkey else ""},
     )
     groups = ([0, 1], [2, 3])
     recovery_s: dict[str, list[float]] = defaultdict(list)
@@ -42,8 +47,8 @@ def test_random_kills_leave_the_state_of_the_log(tmp_path: Path, kills: int, kin
             pause.wait(rng.random() * 0.3)
             match rng.choices(["worker", "broker", "store"], weights=[8, 1, 2 if valkey else 0])[0]:
                 case "worker":
-                    os.kill(workers[which].pid, signal.SIGKILL)
-                    workers[which].wait()
+                    workers[which].signal(signal.SIGKILL)
+                    workers[which].wait(10)
                     workers[which] = here.start_worker(groups[which])
                     recovery_s["worker"].append(here.wait_for_progress(groups[which][0]))
                 case "broker":
@@ -66,7 +71,9 @@ def test_random_kills_leave_the_state_of_the_log(tmp_path: Path, kills: int, kin
                 f"{kind}: {len(seconds)} kills of a {victim}, back at work after a median of "
                 f"{statistics.median(seconds):.2f} s, at most {max(seconds):.2f} s"
             )
-        print(f"{kind}: {len(folded.event_ids)} events, {len(folded.dead_letters)} dead letters, 0 lost, 0 doubled")
+        print(
+            f"{kind}: {folded.events} events, {folded.repeated} retries, {len(folded.dead_letters)} dead letters, 0 lost, 0 doubled"
+        )
     finally:
         here.close()
         if valkey:

@@ -49,7 +49,7 @@ def messages(seed: int) -> Iterator[Message]:
             yield _unusable(rng, message)
         elif draw < 0.085:
             # Forget a user up to now, in event time: the same in every stream, so their order makes no difference.
-            user = f"u{rng.randrange(50)}".encode()
+            user = f"u{rng.randrange(40, 50)}".encode()
             for role in USER_STREAMS:
                 yield role, user, None, _BASE_MS + number * _STEP_MS
         else:

@@ -3,12 +3,16 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from tailrace.ids import ModelVersion
 from training.export import build_version_zero
 
 FEATURE_NAMES = ("cosine", "clicked_1h_log", "shown_1h_log", "age_log_h", "rank_in_pool")
 PRIOR = {"cosine": 4.0, "clicked_1h_log": 0.7, "shown_1h_log": -0.2}
+
+# Tests are many and small: threads of torch would wait for each other longer than they work.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -112,7 +112,7 @@ def test_kafka_that_does_not_answer_is_named(settings_file: Path, command: str) 
 
 
 def test_bad_row_stops_an_import_before_kafka_is_asked(settings_file: Path, tmp_path: Path) -> None:
-    rows = '{"user_id":"u","item_id":"i","occurred_at":1}\n{"user_id":"u"}\n'
+    rows = '{"user_id":"u","item_id":"i","occurred_at":1}\n{"user_id":"u","occurred_at":1}\n'
     (tmp_path / "e.jsonl").write_text(rows)
     said_no(run("import", "jsonl", tmp_path / "e.jsonl", settings=settings_file), "e.jsonl:2", "item_id")
 

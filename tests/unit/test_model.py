@@ -1,5 +1,6 @@
 """The one-way split BERT against transformers' BERT, against itself packed otherwise, and against its own export."""
 
+from functools import cache
 from pathlib import Path
 
 import msgspec
@@ -32,6 +33,7 @@ SMALL = BertShape(
 )
 
 
+@cache
 def small_ranker(*, split_layer: int, item_states: int, seed: int = 0) -> SplitRanker:
     """A small ranker with random weights everywhere, so that every part of it moves the score."""
     torch.manual_seed(seed)

@@ -1,0 +1,79 @@
+"""A running service as its clients see it: an HTTP address and a broker. Polls with deadlines, never sleeps blindly."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from uuid import uuid4
+
+import httpx
+
+from tailrace.events import encode
+from tailrace.ids import ItemId
+from tailrace.items import Fact, Item
+from tailrace.kafka_clients import open_producer
+from tailrace.registry import Registry
+from tailrace.settings import Settings
+from tailrace.topics import tailrace_topics
+
+Value = TypeVar("Value")
+
+_SUBJECTS = ("ghosts", "ships", "gardens", "machines", "letters", "mountains", "trains", "islands", "music", "storms")
+
+
+def book(number: int) -> Item:
+    """Returns a made-up book; its subject follows from its number."""
+    subject, other = _SUBJECTS[number % 10], _SUBJECTS[(number // 10) % 10]
+    return Item(
+        item_id=ItemId(f"book-{number}"),
+        title=f"The Book of {subject.title()} and {other.title()}, part {number}",
+        tags=[subject, other],
+        facts=[Fact("author", f"Author {number % 17}")],
+        description=f"A long tale about {subject}, told beside {other}.",
+        attributes={"pages": float(100 + number)},
+    )
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a test of the whole service works with."""
+
+    settings: Settings
+    client: httpx.Client
+    registry: Registry
+
+    def recommend(self, user_id: str, **fields: Any) -> dict[str, Any]:
+        """Returns an answer, which must be a good one."""
+        response = self.client.post("/v1/recommendations", json={"user_id": user_id, **fields})
+        assert response.status_code == 200, response.text
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    def statuses(self) -> list[dict[str, Any]]:
+        """Returns what each ranker replica has loaded."""
+        found: list[dict[str, Any]] = self.client.get("/v1/models").json()["replicas"]
+        return found
+
+    def produce_items(self, items: Sequence[Item]) -> None:
+        """Returns once the broker has the items."""
+        producer = open_producer(self.settings.kafka)
+        name = tailrace_topics(self.settings.kafka)["items"].name
+        for sent in [producer.send(name, encode(item), item.item_id.encode()) for item in items]:
+            sent.get(timeout=10)
+        producer.close()
+
+
+def new_user() -> str:
+    """Returns a user no other test has."""
+    return f"user-{uuid4().hex}"
+
+
+def until(look: Callable[[], Value], good: Callable[[Value], bool], timeout_s: float = 10.0) -> Value:
+    """Returns what `look` saw once it is good. Fails with the last thing seen."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        seen = look()
+        if good(seen):
+            return seen
+        assert time.monotonic() < deadline, f"still not good after {timeout_s:g} s: {seen}"
+        time.sleep(0.02)

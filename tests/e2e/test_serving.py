@@ -1,0 +1,134 @@
+"""The service as a whole, over HTTP and Kafka."""
+
+import asyncio
+import time
+from uuid import uuid4
+
+import httpx
+
+from tailrace.ids import ModelVersion
+from tailrace.registry import announce
+from tests.e2e.scene import Scene, book, new_user, until
+
+
+def test_answer_carries_all_that_apps_are_promised(scene: Scene) -> None:
+    answer = scene.recommend(new_user(), n=5, query="a tale about ghosts", explain=True)
+    assert answer["model_version"] in ("v1", "v2") and answer["degraded"] == "none"
+    assert answer["profile_events"] == 0 and answer["profile_age_ms"] is None and answer["took_ms"] > 0
+    assert [item["position"] for item in answer["items"]] == [0, 1, 2, 3, 4]
+    assert all(item["reasons"] for item in answer["items"]) and {"encode", "score", "slate"} <= answer["timings"].keys()
+    assert any("Ghosts" in item["title"] for item in answer["items"])
+
+
+def test_click_changes_the_users_next_ranking(scene: Scene) -> None:
+    user = new_user()
+    before = scene.recommend(user, n=10)
+    clicked = before["items"][0]["item_id"]
+    event = {"type": "click", "user_id": user, "item_id": clicked, "request_id": before["request_id"], "position": 0}
+    posted = scene.client.post("/v1/events", json=[event])
+    assert posted.status_code == 200 and posted.json()["accepted"] == 1, posted.text
+    after = until(
+        lambda: scene.recommend(user, n=10, explain=True, dry_run=True),
+        lambda answer: clicked not in [item["item_id"] for item in answer["items"]],
+    )
+    assert after["profile_events"] >= 1
+    page = scene.client.get(f"/v1/users/{user}/profile").json()
+    assert page["recent"][0]["item_id"] == clicked and page["interests"][0]["weight"] > 0
+
+
+def test_impression_is_logged_and_folded_into_the_profile(scene: Scene) -> None:
+    user = new_user()
+    scene.recommend(user, n=3)
+    page = until(
+        lambda: scene.client.get(f"/v1/users/{user}/profile"), lambda response: response.status_code == 200
+    ).json()
+    assert page["counts"] == {"shown": 3}
+
+
+def test_dry_run_leaves_no_impression(scene: Scene) -> None:
+    user = new_user()
+    scene.recommend(user, n=3, dry_run=True)
+    # Another request of the same user, whose impression goes the same way later, is all there is.
+    scene.recommend(user, n=2)
+    page = until(
+        lambda: scene.client.get(f"/v1/users/{user}/profile"), lambda response: response.status_code == 200
+    ).json()
+    assert page["counts"] == {"shown": 2}
+
+
+def test_new_item_is_recommendable_within_two_seconds(scene: Scene) -> None:
+    number = 1000 + int(uuid4().int % 10_000)
+    item = book(number)
+    started = time.monotonic()
+    scene.produce_items([item])
+    until(
+        lambda: scene.recommend(new_user(), candidates=[item.item_id], dry_run=True)["items"],
+        lambda items: [found["item_id"] for found in items] == [item.item_id],
+        timeout_s=2.0,
+    )
+    assert time.monotonic() - started < 2.0
+    similar = scene.client.get(f"/v1/items/{item.item_id}/similar", params={"n": 3}).json()
+    assert similar["degraded"] == "none" and len(similar["items"]) == 3
+
+
+def test_forgotten_user_is_unknown(scene: Scene) -> None:
+    user = new_user()
+    event = {"type": "rating", "user_id": user, "item_id": "book-3", "value": 5}
+    assert scene.client.post("/v1/events", json=event).status_code == 200
+    profile = f"/v1/users/{user}/profile"
+    until(lambda: scene.client.get(profile).status_code, lambda status: status == 200)
+    assert scene.client.delete(profile).status_code == 202
+    until(lambda: scene.client.get(profile).status_code, lambda status: status == 404)
+
+
+def test_swap_in_place_fails_no_request_and_damaged_bundle_changes_nothing(scene: Scene) -> None:
+    async def swap() -> tuple[set[str], list[str]]:
+        versions: set[str] = set()
+        rungs: list[str] = []
+        done = asyncio.Event()
+
+        async def ask(client: httpx.AsyncClient) -> None:
+            while not done.is_set():
+                response = await client.post("/v1/recommendations", json={"user_id": new_user(), "dry_run": True})
+                assert response.status_code == 200, response.text
+                versions.add(response.json()["model_version"])
+                rungs.append(response.json()["degraded"])
+
+        async with httpx.AsyncClient(base_url=scene.client.base_url, timeout=20.0) as client:
+            asking = [asyncio.create_task(ask(client)) for _ in range(2)]
+            serving = scene.statuses()[0]["serving"]
+            other = ModelVersion("v2" if serving == "v1" else "v1")
+            announcement = scene.registry.promote(other)
+            await asyncio.to_thread(announce, scene.settings.kafka, announcement)
+            await asyncio.to_thread(until, scene.statuses, lambda statuses: statuses[0]["serving"] == other, 30.0)
+            done.set()
+            await asyncio.gather(*asking)
+        return versions, rungs
+
+    versions, rungs = asyncio.run(swap())
+    assert {"v1", "v2"} >= versions and len(versions) >= 1
+    assert set(rungs) == {"none"} and len(rungs) > 5
+
+
+def test_overload_is_answered_429_with_retry_after_and_does_not_pile_up(scene: Scene) -> None:
+    async def flood() -> list[tuple[int, str | None, str, float]]:
+        async def one(client: httpx.AsyncClient) -> tuple[int, str | None, str, float]:
+            started = time.monotonic()
+            response = await client.post("/v1/recommendations", json={"user_id": new_user(), "dry_run": True})
+            kind = response.headers["content-type"]
+            return response.status_code, response.headers.get("retry-after"), kind, time.monotonic() - started
+
+        limits = httpx.Limits(max_connections=100)
+        async with httpx.AsyncClient(base_url=scene.client.base_url, timeout=30.0, limits=limits) as client:
+            return await asyncio.gather(*(one(client) for _ in range(80)))
+
+    answers = asyncio.run(flood())
+    refused = [answer for answer in answers if answer[0] == 429]
+    assert {status for status, _, _, _ in answers} == {200, 429}
+    assert refused and all(retry == "1" and kind == "application/problem+json" for _, retry, kind, _ in refused)
+    # Once the flood is over, the next request finds an empty queue.
+    started = time.monotonic()
+    assert scene.recommend(new_user(), dry_run=True)["degraded"] == "none"
+    assert time.monotonic() - started < 5.0
+    metrics = scene.client.get("/metrics").text
+    assert 'tailrace_http_requests_total{route="/v1/recommendations",status="429"}' in metrics
