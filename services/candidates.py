@@ -271,9 +271,8 @@ def _merge(offers: Mapping[Source, Rows], num_candidates: int) -> dict[int, Sour
 
 
 def _in_turn_named(offers: Mapping[Source, Rows]) -> Iterator[tuple[int, Source]]:
-    lists = [[(row, source) for row in rows.tolist()] for source, rows in offers.items()]
-    for tier in zip_longest(*lists):
-        yield from (entry for entry in tier if entry is not None)
+    for tier in zip_longest(*(rows.tolist() for rows in offers.values())):
+        yield from ((row, source) for row, source in zip(tier, offers, strict=True) if row is not None)
 
 
 def _in_turn(lists: Sequence[Rows]) -> Rows:

@@ -21,8 +21,6 @@ from tailrace.topics import tailrace_topics
 
 log = structlog.get_logger()
 
-MAX_PENDING_BYTES = 64 * 1024 * 1024
-
 
 @dataclass(frozen=True)
 class Outgoing:
@@ -58,10 +56,13 @@ class Delivery:
 class EventLog:
     """The gateway's producer. `append` returns at once; the broker's answer comes through the Delivery."""
 
-    def __init__(self, kafka: KafkaSettings, *, delivery_timeout_s: float) -> None:
+    def __init__(
+        self, kafka: KafkaSettings, *, delivery_timeout_s: float, max_pending_bytes: int = 64 * 1024 * 1024
+    ) -> None:
         self._kafka = kafka
         self._topics = {role: topic.name for role, topic in tailrace_topics(kafka).items()}
         self._timeout_ms = max(int(delivery_timeout_s * 1000), 1000)
+        self._max_pending_bytes = max_pending_bytes
         self._queue: deque[Delivery] = deque()
         self._change = threading.Condition()
         self._pending_bytes = 0
@@ -83,7 +84,7 @@ class EventLog:
         """Hands the records over, in order, and returns their Delivery. Raises BrokerUnavailable when too many wait."""
         delivery = Delivery(records)
         with self._change:
-            if self._pending_bytes + delivery.num_bytes > MAX_PENDING_BYTES:
+            if self._pending_bytes + delivery.num_bytes > self._max_pending_bytes:
                 raise BrokerUnavailable("too many records already wait for the broker")
             self._pending_bytes += delivery.num_bytes
             if not records:
@@ -102,6 +103,7 @@ class EventLog:
     def _run(self) -> None:
         producer = self._connect()
         if producer is None:
+            self._refuse_all()
             return
         while True:
             with self._change:
@@ -113,6 +115,13 @@ class EventLog:
             for index, record in enumerate(delivery.records):
                 self._send(producer, delivery, index, record)
         producer.close(timeout=self._timeout_ms / 1000)
+
+    def _refuse_all(self) -> None:
+        closed = BrokerUnavailable("the gateway ends, and the broker never answered")
+        while self._queue:
+            delivery = self._queue.popleft()
+            for index in range(len(delivery.records)):
+                self._settle(delivery, index, closed)
 
     def _connect(self) -> Any:
         while not self._stop.is_set():

@@ -22,9 +22,11 @@ from services.event_log import Delivery, EventLog, Outgoing
 from services.metrics import GatewayMetrics
 from services.popular import POPULAR, rank_popular
 from services.profiles import ProfileReader
+from services.recommender import profile_age_ms
 from tailrace.catalogue import Catalogue
 from tailrace.errors import BrokerUnavailable, NotReady, Overloaded, StoreError, TooLate
 from tailrace.ids import RequestId
+from tailrace.profile import Profile, decode_profile
 from tailrace.settings import RankerSettings
 
 log = structlog.get_logger()
@@ -42,14 +44,6 @@ class Ranking(Protocol):
         """Returns the encoded RankedAnswer. Raises TooLate, Overloaded or NotReady."""
 
 
-class ProfileHead(msgspec.Struct, frozen=True):
-    """The little of a stored profile that the gateway itself tells."""
-
-    events: int = 0
-    last_at_ms: int | None = None
-
-
-_head_decoder = msgspec.msgpack.Decoder(ProfileHead)
 _asked_encoder = msgspec.msgpack.Encoder()
 _ranked_decoder = msgspec.msgpack.Decoder(RankedAnswer)
 
@@ -84,8 +78,8 @@ class Ladder:
         """Returns the answer. The deadline counts from `received`, monotonic seconds."""
         deadline = received + self._settings.deadline_s
         # 1. The user's profile, lock-free from the store.
-        profile, head, known = await self._load_profile(request, self._left(deadline) * _PROFILE_SHARE)
-        asked = Asked(request_id=request_id, request=request, profile=profile, now_ms=now_ms, budget_s=0.0)
+        stored, profile, known = await self._load_profile(request, self._left(deadline) * _PROFILE_SHARE)
+        asked = Asked(request_id=request_id, request=request, profile=stored, now_ms=now_ms, budget_s=0.0)
         # 2. The slate: from a ranker replica in what time is left, or from here.
         ranked = await self._rank(asked, deadline)
         degraded: Degraded = "no_profile" if ranked.degraded == "none" and not known else ranked.degraded
@@ -98,8 +92,8 @@ class Ladder:
         return RecommendationAnswer(
             request_id=request_id,
             model_version=ranked.model_version,
-            profile_age_ms=None if head.last_at_ms is None else max(now_ms - head.last_at_ms, 0),
-            profile_events=head.events,
+            profile_age_ms=profile_age_ms(profile, now_ms),
+            profile_events=profile.events,
             degraded=degraded,
             took_ms=took_ms,
             items=ranked.items,
@@ -108,13 +102,13 @@ class Ladder:
 
     async def _load_profile(
         self, request: RecommendationRequest, timeout_s: float
-    ) -> tuple[bytes | None, ProfileHead, bool]:
+    ) -> tuple[bytes | None, Profile, bool]:
         try:
-            profile = await self._profiles.load(request.user_id, timeout_s)
-            return profile, ProfileHead() if profile is None else _head_decoder.decode(profile), True
+            stored = await self._profiles.load(request.user_id, timeout_s)
+            return stored, Profile(request.user_id) if stored is None else decode_profile(stored), True
         except (StoreError, msgspec.MsgspecError) as error:
             log.warning("profile left out", error=str(error))
-            return None, ProfileHead(), False
+            return None, Profile(request.user_id), False
 
     async def _rank(self, asked: Asked, deadline: float) -> RankedAnswer:
         left_s = self._left(deadline)

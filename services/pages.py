@@ -21,7 +21,7 @@ class Interest(msgspec.Struct, frozen=True):
     weight: float
 
 
-class RecentTouch(msgspec.Struct, frozen=True, omit_defaults=True):
+class RecentTouch(msgspec.Struct, frozen=True):
     """One thing the user did. `value` is seconds of dwell, or the rating as a share of its scale."""
 
     at_ms: int

@@ -25,7 +25,7 @@ Floats = NDArray[np.float32]
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _TEXTS_PER_CALL = 32
 # Item states scored in one call: enough to keep the products busy, few enough to stay in a core's cache.
-_STATES_PER_CALL = 1024
+_STATES_PER_CALL = 512
 
 
 @dataclass(frozen=True)

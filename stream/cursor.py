@@ -14,7 +14,7 @@ from kafka.structs import OffsetAndMetadata
 
 from tailrace.fold import STREAMS, Stream
 from tailrace.kafka_clients import create_topics, open_consumer
-from tailrace.settings import Settings
+from tailrace.settings import KafkaSettings, Settings
 from tailrace.stores.store import Offset
 from tailrace.topics import tailrace_topics
 
@@ -39,10 +39,10 @@ class StreamCursor:
         self._name_of: dict[Stream, str] = {stream: topics[stream].name for stream in STREAMS}
         self._stream_of: dict[str, Stream] = {name: stream for stream, name in self._name_of.items()}
         self._places = {n: [TopicPartition(self._name_of[s], n) for s in STREAMS] for n in partitions}
-        self._topic_ids = {s: i for s, i in create_topics(settings.kafka).items() if s in STREAMS}
+        self._topic_ids = _ids_of_streams(settings.kafka)
         self.skipped_records = 0
         self.recreated_topics = 0
-        self._unreachable: dict[TopicPartition, int | None] = {}  # offsets Kafka has refused: where to go instead
+        self._unreachable: dict[TopicPartition, int | None] = {}  # where Kafka refused to read, and where to go instead
         self._uncommitted: dict[TopicPartition, OffsetAndMetadata] = {}
         self._next_commit_at = 0.0
         self._next_look_at = 0.0
@@ -77,9 +77,10 @@ class StreamCursor:
         self._consumer.resume(*places)
         return offsets
 
-    def _start(self, stream: str, place: TopicPartition, stored: Mapping[str, Offset], first: int) -> int:
+    def _start(self, stream: Stream, place: TopicPartition, stored: Mapping[str, Offset], first: int) -> int:
         held = stored.get(stream)
         where = {"topic": place.topic, "partition": place.partition}
+        refused, instead = place in self._unreachable, self._unreachable.pop(place, None)
         if held is None:
             return first
         if held.topic_id != self._topic_ids[stream]:
@@ -90,12 +91,10 @@ class StreamCursor:
             self.skipped_records += first - held.next_offset
             log.error("retention passed the stored offset", **where, stored=held.next_offset, earliest=first)
             return first
-        if place in self._unreachable:
-            instead = self._unreachable.pop(place)
-            if instead is None:
-                instead = self._ends[place]
-            log.error("the log is shorter than what was read of it", **where, stored=held.next_offset, now=instead)
-            return min(instead, held.next_offset)
+        if refused:
+            start = min(self._ends[place] if instead is None else instead, held.next_offset)
+            log.error("the log is shorter than what was read of it", **where, stored=held.next_offset, now=start)
+            return start
         return held.next_offset
 
     def hold(self, partition: int) -> None:
@@ -148,8 +147,13 @@ class StreamCursor:
         now_s = time.monotonic()
         if self._uncommitted and now_s >= self._next_commit_at:
             self._next_commit_at = now_s + _COMMIT_INTERVAL_S
-            self._consumer.commit_async(self._uncommitted, callback=_log_failed_commit)
+            self._consumer.commit_async(self._uncommitted, callback=self._note_commit)
             self._uncommitted = {}
+
+    def _note_commit(self, offsets: dict[TopicPartition, OffsetAndMetadata], response: object) -> None:
+        if isinstance(response, Exception):
+            log.warning("offsets not committed yet; the store has them", error=str(response))
+            self._uncommitted = offsets | self._uncommitted
 
     def close(self) -> None:
         """Commits what was saved, briefly waiting, and closes the consumer."""
@@ -161,6 +165,6 @@ class StreamCursor:
         self._consumer.close(autocommit=False, timeout_ms=2000)
 
 
-def _log_failed_commit(offsets: Mapping[TopicPartition, OffsetAndMetadata], response: object) -> None:
-    if isinstance(response, Exception):
-        log.warning("offsets not committed; the store has them", error=str(response), partitions=len(offsets))
+def _ids_of_streams(kafka: KafkaSettings) -> dict[Stream, str]:
+    ids = create_topics(kafka)
+    return {stream: ids[stream] for stream in STREAMS}

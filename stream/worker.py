@@ -5,6 +5,7 @@ those of the failure table in the README, and each row there has a test in tests
 supervisor runs this class inside an actor, and `python -m stream.worker --settings FILE --partitions 0,1` in a process.
 """
 
+import gc
 import signal
 import threading
 import time
@@ -18,8 +19,8 @@ import structlog
 from kafka.errors import KafkaError
 
 from stream.admission import Erasure, admit, dead_letter
-from stream.catalogue import Catalogue
 from stream.cursor import Records, StreamCursor
+from stream.item_topics import ItemTopicsTable
 from stream.partition import OwnedPartition
 from stream.progress import Progress, ProgressMeter
 from stream.publishing import ItemStatsPublisher, publish_dead_letters
@@ -71,7 +72,7 @@ class StreamWorker:
         self._stop = threading.Event()
         self._meter = ProgressMeter()
         self._meter.partitions = tuple(partitions)
-        self._catalogue = Catalogue(settings.kafka)
+        self._catalogue = ItemTopicsTable(settings.kafka)
         # Set by `run`, which waits for the broker.
         self._cursor: StreamCursor
         self._producer: Any
@@ -225,9 +226,11 @@ class StreamWorker:
                 self._throw_away(number, error)
                 continue
             del self._unloaded[number]
+            self._cursor.note_saved(number, partition.offsets)
             self._meter.note_place(number, partition.offsets, self._cursor.lag(number, partition.offsets))
             # Whoever owned the partition may have died before publishing: publish all of it once.
             self._stats.note(number, partition.counters.items)
+            log.info("partition loaded", partition=number, items=len(partition.counters.items))
         self._meter.skipped_records = self._cursor.skipped_records
         self._meter.recreated_topics = self._cursor.recreated_topics
         self._meter.ready = not self._unloaded
@@ -287,6 +290,7 @@ class StreamWorker:
 @click.option("--partitions", required=True, help="The partitions to own, such as 0,1,2.")
 def main(file: Path | None, partitions: str) -> None:
     """Runs one stream worker in this process, without Ray, until it is interrupted or terminated."""
+    gc.set_threshold(100_000, 50, 100)  # many long-lived objects, and no cycles among them
     settings = load_settings(file)
     store = open_store(settings)
     worker = StreamWorker(settings, [int(number) for number in partitions.split(",")], store)

@@ -47,7 +47,7 @@ class ItemRows:
 
 
 class Topics(NamedTuple):
-    """One item's interest keys: `tag:gothic`, `author:Mary Shelley`."""
+    """One item's interest keys, each once."""
 
     tags: tuple[str, ...] = ()
     entities: tuple[str, ...] = ()
@@ -162,15 +162,19 @@ class Catalogue:
         items = self._items
         return [items[row] for row in rows]
 
-    def topics_at(self, rows: Sequence[int] | Rows) -> list[Topics]:
-        """Returns each row's interest keys."""
+    def topics_at(self, rows: Sequence[int] | Rows) -> list[tuple[str, ...]]:
+        """Returns each row's interest keys (`tag:gothic`, `author:Mary Shelley`), none where a row is free."""
+        return [topics.tags + topics.entities for topics in self.split_topics_at(rows)]
+
+    def split_topics_at(self, rows: Sequence[int] | Rows) -> list[Topics]:
+        """Returns each row's interest keys, tags and entities apart."""
         topics = self._topics
         return [topics[row] for row in rows]
 
     def live_rows(self) -> Rows:
         """Returns int64: every row that holds an item, ascending."""
         with self._lock:
-            return np.sort(np.fromiter(self._row_of.values(), dtype=np.int64, count=len(self._row_of)))
+            return np.flatnonzero(self._announced_ms[: len(self._items)] != NEVER_MS)
 
     def topic_rows(self, key: str) -> Rows:
         """Returns int64: the rows of the items under an interest key, ascending. Do not write to it."""
@@ -273,7 +277,7 @@ class Catalogue:
             self._await_item(item_id)
 
     def _unlink(self, row: int) -> None:
-        for key in (*self._topics[row].tags, *self._topics[row].entities):
+        for key in self._topics[row].tags + self._topics[row].entities:
             rows = self._topic_rows[key]
             rows.discard(row)
             self._topic_arrays.pop(key, None)

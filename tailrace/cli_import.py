@@ -134,7 +134,7 @@ def _progress(dataset: Dataset) -> Iterator[OnProgress]:
         TimeElapsedColumn(),
     )
     span_ms = max(dataset.last_ms - dataset.first_ms, 1)
-    with Progress(*columns, console=errors, transient=True) as progress:
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
         task = progress.add_task("", total=span_ms, day="items     ", sent=0, rate=0.0, present="")
         begun = shown = time.monotonic()
 

@@ -10,7 +10,6 @@ import base64
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import sqrt
 
 import numpy as np
 from numpy.typing import NDArray
@@ -262,18 +261,20 @@ def _affinity_columns(catalogue: Catalogue, rows_N: Rows, interests: Mapping[str
     """Cosines between the user's decayed interests and each item's tags, or entities, as sparse vectors."""
     tag_norm = sum(weight**2 for key, weight in interests.items() if key.startswith("tag:")) ** 0.5 or 1.0
     entity_norm = sum(weight**2 for key, weight in interests.items() if not key.startswith("tag:")) ** 0.5 or 1.0
-    topics_N = catalogue.topics_at(rows_N.tolist())
+    topics_N = catalogue.split_topics_at(rows_N.tolist())
     return {
-        "tag_affinity": np.array([_shared(topics.tags, interests) for topics in topics_N]) / tag_norm,
-        "entity_affinity": np.array([_shared(topics.entities, interests) for topics in topics_N]) / entity_norm,
+        "tag_affinity": _shared([topics.tags for topics in topics_N], interests) / tag_norm,
+        "entity_affinity": _shared([topics.entities for topics in topics_N], interests) / entity_norm,
     }
 
 
-def _shared(keys: tuple[str, ...], interests: Mapping[str, float]) -> float:
-    shared = 0.0
-    for key in keys:
-        shared += interests.get(key, 0.0)
-    return shared / sqrt(len(keys)) if shared else 0.0
+def _shared(keys_N: list[tuple[str, ...]], interests: Mapping[str, float]) -> NDArray[np.float64]:
+    """Returns float64 [N]: the interest in each item's keys, summed and divided by the root of their number."""
+    sizes_N = np.array([len(keys) for keys in keys_N], dtype=np.int64)
+    weights = [interests.get(key, 0.0) for keys in keys_N for key in keys]
+    shared_N = np.bincount(np.repeat(np.arange(len(keys_N)), sizes_N), weights=weights, minlength=len(keys_N))
+    result: NDArray[np.float64] = shared_N / np.sqrt(np.maximum(sizes_N, 1))
+    return result
 
 
 def _covisit_columns(

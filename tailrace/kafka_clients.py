@@ -2,17 +2,17 @@
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.admin import KafkaAdminClient, NewTopic, OffsetSpec
-from kafka.errors import KafkaError, TopicAlreadyExistsError
+from kafka.errors import KafkaError, KafkaTimeoutError, TopicAlreadyExistsError
 from kafka.partitioner import murmur2
 
 from tailrace.errors import BrokerUnavailable, TopicMismatch
 from tailrace.settings import KafkaSettings
 from tailrace.topics import USER_STREAMS, tailrace_topics
-
 
 # A broker that comes back is noticed within a second, and one that is away is reported within five.
 _CLIENT_DEFAULTS = {"client_id": "tailrace", "reconnect_backoff_max_ms": 1000, "bootstrap_timeout_ms": 5000}
@@ -37,6 +37,13 @@ def open_producer(kafka: KafkaSettings, **options: Any) -> Any:
         "allow_auto_create_topics": False,
     }
     return _connect(KafkaProducer, kafka, **(defaults | options))
+
+
+def close_producer(producer: Any, timeout_s: float) -> None:
+    """Closes a KafkaProducer. What is not acknowledged in time fails through its own future, not here."""
+    # kafka-python's close flushes first, and raises where the broker is away.
+    with suppress(KafkaTimeoutError):
+        producer.close(timeout=timeout_s)
 
 
 def open_admin(kafka: KafkaSettings) -> Any:

@@ -29,7 +29,7 @@ from tailrace.bundle import MANIFEST, FileEntry, Manifest, decode_manifest, read
 from tailrace.errors import BrokerUnavailable, BundleError, SettingsError
 from tailrace.events import ModelAnnouncement, encode
 from tailrace.ids import ModelVersion
-from tailrace.kafka_clients import open_producer
+from tailrace.kafka_clients import close_producer, open_producer
 from tailrace.settings import KafkaSettings, Settings
 from tailrace.topics import tailrace_topics
 
@@ -309,7 +309,7 @@ def announce(kafka: KafkaSettings, announcement: ModelAnnouncement) -> None:
     except KafkaError as error:
         raise BrokerUnavailable(f"Kafka at {kafka.bootstrap_servers} did not take the announcement: {error}") from error
     finally:
-        producer.close(timeout=10)
+        close_producer(producer, timeout_s=1)
 
 
 def _announcement(

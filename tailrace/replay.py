@@ -18,17 +18,17 @@ from typing import Any
 
 import msgspec
 from kafka import TopicPartition
-from kafka.errors import KafkaError
+from kafka.errors import KafkaError, KafkaTimeoutError
 
 from tailrace.errors import BrokerUnavailable, TailraceError
 from tailrace.events import encode
 from tailrace.importers.source import Dataset, Row
 from tailrace.items import Item
-from tailrace.kafka_clients import create_topics, open_consumer, open_producer
+from tailrace.kafka_clients import close_producer, create_topics, open_consumer, open_producer
 from tailrace.settings import KafkaSettings
 from tailrace.topics import USER_STREAMS, tailrace_topics
 
-FLUSH_TIMEOUT_S = 60.0
+STALL_S = 20.0
 MAX_IN_FLIGHT = 50_000
 _LONGEST_NAP_S = 0.2  # so that progress is shown while nothing is due
 
@@ -181,7 +181,7 @@ class _Sender:
             for role in ("items", *USER_STREAMS):
                 self._producer.partitions_for(self._topics[role])  # learnt now, so that the first record is not late
         except KafkaError as error:
-            self._producer.close(timeout=0)
+            close_producer(self._producer, timeout_s=0)
             raise self._stopped(error) from error
         self._begun = time.monotonic()
 
@@ -194,7 +194,7 @@ class _Sender:
                 self.report.interrupted = kind is not None
                 self.flush()
         finally:
-            self._producer.close(timeout=5)
+            close_producer(self._producer, timeout_s=1)
             self.report.seconds = time.monotonic() - self._begun
         return kind is KeyboardInterrupt
 
@@ -226,12 +226,20 @@ class _Sender:
             self._on_progress(report, row)
 
     def flush(self) -> None:
-        """Returns once the broker has everything. Raises BrokerUnavailable when it does not take it in time."""
-        try:
-            self._producer.flush(timeout=FLUSH_TIMEOUT_S)
-        except KafkaError as error:
-            raise self._stopped(error) from error
-        self._check()
+        """Returns once the broker has everything. Raises BrokerUnavailable when it has taken nothing for 20 s."""
+        taken, deadline = -1, 0.0
+        while self.report.acknowledged < self.report.sent:
+            if self.report.acknowledged > taken:
+                taken, deadline = self.report.acknowledged, time.monotonic() + STALL_S
+            try:
+                self._producer.flush(timeout=_LONGEST_NAP_S)
+            except KafkaTimeoutError as error:
+                if time.monotonic() > deadline:
+                    raise self._stopped(error) from error
+            except KafkaError as error:
+                raise self._stopped(error) from error
+            self._on_progress(self.report, None)
+            self._check()
 
     def _wait(self, pace: Pace, row: Row) -> None:
         while (wait_s := pace.wait_s(row.at_ms)) > 0:

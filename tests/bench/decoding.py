@@ -33,7 +33,7 @@ class _PydanticClick(BaseModel):
 
 
 def bench_decoding(console: Console | None = None) -> list[Row]:
-    """Returns events per second of each decoder on Clicks with ISO times, and their ratio: the best of five rounds. Prints nothing."""
+    """Returns events per second of each decoder on Clicks with ISO times, and their ratio: the best of five rounds."""
     values = [
         b'{"event_id":"event-%d","user_id":"user-%d","item_id":"item-%d","occurred_at":"2026-03-01T18:%02d:05.250+01:00",'
         b'"action":"like","dwell_s":41.5,"request_id":"request-%d","position":2}'

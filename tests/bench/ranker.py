@@ -170,7 +170,7 @@ def _pairwise(graph: Path, items: list[str], threads: int, size: int) -> Callabl
 
 
 def _pair_tokens(tokenizer: Tokenizer, items: list[str]) -> dict[str, NDArray[np.int64]]:
-    """Returns what the split ranker sees of user and item, as one sequence; the item has no opening token of its own."""
+    """Returns what the split ranker sees of user and item, as one sequence; the item has no opening token."""
     tokenizer.no_padding()
     tokenizer.enable_truncation(USER_TOKENS)
     user = tokenizer.encode(USER_TEXT).ids

@@ -72,7 +72,8 @@ def test_random_kills_leave_the_state_of_the_log(tmp_path: Path, launcher: Launc
                 f"{statistics.median(seconds):.2f} s, at most {max(seconds):.2f} s"
             )
         print(
-            f"{kind}: {folded.events} events, {folded.repeated} retries, {len(folded.dead_letters)} dead letters, 0 lost, 0 doubled"
+            f"{kind}: {folded.events} events, {folded.repeated} retries, {len(folded.dead_letters)} dead letters; "
+            "0 lost, 0 doubled"
         )
     finally:
         here.close()

@@ -16,7 +16,7 @@ class ItemTopics(msgspec.Struct, frozen=True):
     topics_of_interest: list[str]
 
 
-class Catalogue:
+class ItemTopicsTable:
     """The items table, followed in its own thread. A missing item is one that says nothing of its users."""
 
     def __init__(self, kafka: KafkaSettings) -> None:
