@@ -1,28 +1,22 @@
 """The whole system on one machine: what `make demo` and `tailrace up` run. The one place that wires it."""
 
-import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import msgspec
-import ray
-from structlog import get_logger
+from msgspec.structs import asdict
 
+from deploy.ray_cluster import ray_cluster
 from services.app import start_serving, stop_serving
 from stream.broker import LocalKafka
 from stream.supervisor import supervise
 from tailrace.errors import BundleError
 from tailrace.kafka_clients import create_topics
 from tailrace.settings import Settings
-
-log = get_logger()
 
 
 @contextmanager
@@ -43,8 +37,8 @@ def local_system(settings: Settings, tell: Callable[[str], None]) -> Iterator[Se
             settings = msgspec.structs.replace(settings, kafka=kafka)
         create_topics(settings.kafka)
         tell(f"Kafka answers at {settings.kafka.bootstrap_servers}")
-        # 3. Ray, on loopback, with its files in a short path (its sockets allow about a hundred characters).
-        stack.enter_context(_local_ray())
+        # 3. Ray, on loopback.
+        stack.enter_context(ray_cluster())
         tell("Ray is up")
         # 4. The stream workers, supervised from a thread of this process.
         stop = threading.Event()
@@ -55,7 +49,7 @@ def local_system(settings: Settings, tell: Callable[[str], None]) -> Iterator[Se
         # 5. The services, once there is a model to serve.
         tell("Model version 0: waiting for its export")
         if export.wait() != 0:
-            raise BundleError(f"`tailrace models init` failed: {export.communicate()[1].strip()[-2000:]}")
+            raise BundleError(f"`tailrace models init` failed; {settings.path('logs') / 'model.log'} says why")
         stack.callback(stop_serving)
         start_serving(settings)
         tell(f"Serving at http://{settings.gateway.host}:{settings.gateway.port}")
@@ -63,33 +57,15 @@ def local_system(settings: Settings, tell: Callable[[str], None]) -> Iterator[Se
 
 
 @contextmanager
-def _model_in_registry(settings: Settings) -> Iterator[subprocess.Popen[str]]:
-    with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
-        file.write(f"data_dir = {json.dumps(settings.data_dir)}\n")
-        file.flush()
-        command = [sys.executable, "-m", "tailrace.cli", "--settings", file.name, "models", "init"]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-            try:
-                yield process
-            finally:
-                process.terminate()
-
-
-@contextmanager
-def _local_ray() -> Iterator[None]:
-    folder = Path(tempfile.mkdtemp(prefix="tailrace-ray-"))
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    try:
-        ray.init(
-            num_cpus=max(os.cpu_count() or 1, 4),
-            include_dashboard=False,
-            namespace="tailrace",
-            object_store_memory=200 * 2**20,
-            log_to_driver=False,
-            _node_ip_address="127.0.0.1",
-            _temp_dir=str(folder),
-        )
-        yield
-    finally:
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
+def _model_in_registry(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
+    """Runs `tailrace models init` with these settings; what it says goes to logs/model.log."""
+    told = {f"TAILRACE_REGISTRY__{name.upper()}": str(value) for name, value in asdict(settings.registry).items()}
+    environ = os.environ | told | {"TAILRACE_DATA_DIR": settings.data_dir}
+    path = settings.path("logs") / "model.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "tailrace.cli", "models", "init"]
+    with path.open("ab") as log, subprocess.Popen(command, stdout=log, stderr=log, env=environ) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import msgspec
+from kafka.errors import MessageSizeTooLargeError
 
 from services.event_log import EventLog, Outgoing
 from services.problem import Problem
@@ -117,6 +118,7 @@ async def take_events(
     # 2. Hand the good ones over, and wait until the broker has them or the time is up.
     delivery = event_log.append(outgoing)
     await asyncio.wait([asyncio.wrap_future(delivery.finished)], timeout=ack_timeout_s)
+    delivery.abandon()
 
     # 3. Say what became of each.
     verdicts = [
@@ -139,5 +141,8 @@ def _rejected(record: Any, error: InvalidRecord) -> Verdict:
 def _delivered(event: Event, outcome: bool | Exception | None, ack_timeout_s: float) -> Verdict:
     if outcome is True:
         return Verdict(status="accepted", event_id=event.event_id)
+    if isinstance(outcome, MessageSizeTooLargeError):
+        error = VerdictError("$", "larger than the broker takes")
+        return Verdict(status="rejected", event_id=event.event_id, error=error)
     reason = f"the broker did not confirm it within {ack_timeout_s:g} s" if outcome is None else f"broker: {outcome}"
     return Verdict(status="retry", event_id=event.event_id, error=VerdictError("$", reason))

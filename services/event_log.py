@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import structlog
-from kafka.errors import KafkaError
+from kafka.errors import KafkaError, KafkaTimeoutError, MessageSizeTooLargeError
 
 from tailrace.errors import BrokerUnavailable
 from tailrace.kafka_clients import open_producer
@@ -24,11 +24,12 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class Outgoing:
-    """A record to be produced: the role of its topic, its key and its value (None removes)."""
+    """A record to be produced: the role of its topic, its key, its value (None removes), its time (None: now)."""
 
     role: str
     key: str
     value: bytes | None
+    timestamp_ms: int | None = None
 
 
 class Delivery:
@@ -38,9 +39,14 @@ class Delivery:
         self.records = records
         self.outcomes: list[bool | Exception | None] = [None] * len(records)
         self.finished: Future[None] = Future()
+        self.abandoned = False
         self.num_bytes = sum(len(record.value or b"") + 200 for record in records)
         self._left = len(records)
         self._lock = threading.Lock()
+
+    def abandon(self) -> None:
+        """Says that nobody waits any longer: what has not left by now must not leave later."""
+        self.abandoned = True
 
     def settle(self, index: int, outcome: bool | Exception) -> bool:
         """Notes the outcome of one record and returns whether it was the last."""
@@ -86,9 +92,10 @@ class EventLog:
         with self._change:
             if self._pending_bytes + delivery.num_bytes > self._max_pending_bytes:
                 raise BrokerUnavailable("too many records already wait for the broker")
-            self._pending_bytes += delivery.num_bytes
             if not records:
                 delivery.finished.set_result(None)
+                return delivery
+            self._pending_bytes += delivery.num_bytes
             self._queue.append(delivery)
             self._change.notify()
         return delivery
@@ -102,26 +109,36 @@ class EventLog:
 
     def _run(self) -> None:
         producer = self._connect()
-        if producer is None:
-            self._refuse_all()
-            return
+        while producer is not None:
+            delivery = self._take()
+            if delivery is None:
+                producer.close(timeout=self._timeout_ms / 1000)
+                return
+            if not self._send_all(producer, delivery):
+                producer.close(timeout=0)
+                producer = self._connect()
+        self._refuse_all()
+
+    def _take(self) -> Delivery | None:
+        """Returns the next delivery that someone still waits for, or None once stopped with nothing left."""
         while True:
             with self._change:
                 while not self._queue and not self._stop.is_set():
                     self._change.wait()
                 if not self._queue:
-                    break
+                    return None
                 delivery = self._queue.popleft()
-            for index, record in enumerate(delivery.records):
-                self._send(producer, delivery, index, record)
-        producer.close(timeout=self._timeout_ms / 1000)
+            if not delivery.abandoned:
+                return delivery
+            self._refuse(delivery, BrokerUnavailable("given up before it could be sent"))
 
     def _refuse_all(self) -> None:
-        closed = BrokerUnavailable("the gateway ends, and the broker never answered")
         while self._queue:
-            delivery = self._queue.popleft()
-            for index in range(len(delivery.records)):
-                self._settle(delivery, index, closed)
+            self._refuse(self._queue.popleft(), BrokerUnavailable("the gateway ends, and the broker never answered"))
+
+    def _refuse(self, delivery: Delivery, error: Exception) -> None:
+        for index in range(len(delivery.records)):
+            self._settle(delivery, index, error)
 
     def _connect(self) -> Any:
         while not self._stop.is_set():
@@ -131,7 +148,7 @@ class EventLog:
                     max_block_ms=self._timeout_ms,
                     request_timeout_ms=self._timeout_ms,
                     delivery_timeout_ms=self._timeout_ms,
-                    bootstrap_timeout_ms=5000,
+                    bootstrap_timeout_ms=1000,
                     reconnect_backoff_max_ms=1000,
                     metrics_enabled=False,
                 )
@@ -145,14 +162,21 @@ class EventLog:
             return producer
         return None
 
-    def _send(self, producer: Any, delivery: Delivery, index: int, record: Outgoing) -> None:
-        try:
-            future = producer.send(self._topics[record.role], record.value, record.key.encode())
-        except (KafkaError, AssertionError) as error:
-            self._settle(delivery, index, error)
-            return
-        future.add_callback(lambda _: self._settle(delivery, index, True))
-        future.add_errback(lambda error: self._settle(delivery, index, error))
+    def _send_all(self, producer: Any, delivery: Delivery) -> bool:
+        """Sends the records, in order, and returns whether the producer is still of use."""
+        usable = True
+        for index, record in enumerate(delivery.records):
+            try:
+                future = producer.send(
+                    self._topics[record.role], record.value, record.key.encode(), timestamp_ms=record.timestamp_ms
+                )
+            except KafkaError as error:
+                usable = usable and isinstance(error, KafkaTimeoutError | MessageSizeTooLargeError)
+                self._settle(delivery, index, error)
+                continue
+            future.add_callback(lambda _, index=index: self._settle(delivery, index, True))
+            future.add_errback(lambda error, index=index: self._settle(delivery, index, error))
+        return usable
 
     def _settle(self, delivery: Delivery, index: int, outcome: bool | Exception) -> None:
         if delivery.settle(index, outcome):

@@ -23,12 +23,13 @@ from services.profiles import ProfileReader
 from services.ranker_client import RankerClient
 from services.readiness import check_readiness
 from tailrace.catalogue import Catalogue
-from tailrace.errors import BundleError, NotReady, Overloaded, TooLate
+from tailrace.errors import BundleError, InvalidRecord, NotReady, Overloaded, TooLate
 from tailrace.ids import ItemId, RequestId, UserId
 from tailrace.profile import decode_profile
 from tailrace.registry import Registry
 from tailrace.settings import Settings
 from tailrace.table_reader import TableReader
+from tailrace.topics import USER_STREAMS
 
 _ASIDE_TIMEOUT_S = 2.0  # for everything that is not a recommendation
 
@@ -103,9 +104,14 @@ def build_api(parts: GatewayParts) -> FastAPI:
 
     @api.delete("/v1/users/{user_id:path}/profile")
     async def delete_profile(user_id: str) -> Response:
-        delivery = parts.event_log.append([Outgoing("contexts", user_id, None)])
+        if not 1 <= len(user_id) <= 256:
+            raise InvalidRecord("must have 1 to 256 characters", field="path.user_id")
+        # One erasure in each stream, all of the same moment: see `fold.fold_erasure`.
+        at_ms = parts.now_ms()
+        delivery = parts.event_log.append([Outgoing(stream, user_id, None, at_ms) for stream in USER_STREAMS])
         await asyncio.wait([asyncio.wrap_future(delivery.finished)], timeout=settings.ack_timeout_s)
-        if delivery.outcomes[0] is not True:
+        delivery.abandon()
+        if any(outcome is not True for outcome in delivery.outcomes):
             raise Problem(503, "broker-unavailable", "the broker did not confirm the deletion", retry_after_s=1.0)
         return json_response({"status": "accepted", "user_id": user_id}, 202)
 

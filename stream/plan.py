@@ -14,13 +14,11 @@ def plan_workers(lag_by_partition: Mapping[int, int], current: Assignment, setti
     One worker is justified per `lag_per_worker` records of lag. More are added at once; one is taken away when what
     is left would have at most half of that to do, so that a lag about the limit does not make workers come and go.
     """
-    lag, now, most = sum(lag_by_partition.values()), len(current), len(lag_by_partition)
+    lag, now, partitions = sum(lag_by_partition.values()), len(current), len(lag_by_partition)
     wanted = ceil(lag / settings.lag_per_worker)
     if wanted < now:
         wanted = now - 1 if lag <= settings.lag_per_worker * (now - 1) / 2 else now
-    count = max(
-        min(wanted, settings.max_workers, len(lag_by_partition)), min(settings.min_workers, len(lag_by_partition))
-    )
+    count = min(max(min(wanted, settings.max_workers), settings.min_workers), partitions)
     return _assign(lag_by_partition, current, count)
 
 
@@ -45,21 +43,25 @@ def _assign(partitions: Iterable[int], current: Assignment, count: int) -> Assig
 
 
 class StallWatch:
-    """Says when a worker has had something to do, and done none of it, for too long."""
+    """Says when a worker has had something to do, and done none of it, for too long.
 
-    def __init__(self, stall_s: float) -> None:
+    One that has not answered since it was started is given a minute at least: processes start slowly on a busy machine.
+    """
+
+    def __init__(self, stall_s: float, start_s: float = 60.0) -> None:
         self._stall_s = stall_s
+        self._start_s = max(stall_s, start_s)
         self._seen: dict[int, tuple[object, float]] = {}  # worker: how far it was, since when (monotonic s)
 
     def has_stalled(self, worker: int, lag: int, reached: object, now_s: float) -> bool:
-        """Returns whether `reached` has not changed for `stall_s` although there was lag. None: it does not answer."""
-        held = self._seen.get(worker)
-        if held is None or lag == 0 or (reached is not None and reached != held[0]):
-            self._seen[worker] = (reached if reached is not None or held is None else held[0], now_s)
-            return False
-        return now_s - held[1] > self._stall_s
+        """Returns whether there was lag all the time and `reached` has not changed. None: it does not answer."""
+        before, since_s = self._seen.get(worker, (None, now_s))
+        if lag == 0 or (reached is not None and reached != before):
+            since_s = now_s
+        self._seen[worker] = (before if reached is None else reached, since_s)
+        return now_s - since_s > (self._start_s if self._seen[worker][0] is None else self._stall_s)
 
     def forget(self, workers: Sequence[int]) -> None:
-        """Gives these workers their time anew."""
+        """Forgets these workers: they are started anew, or gone."""
         for worker in workers:
             self._seen.pop(worker, None)

@@ -26,7 +26,8 @@ Precision = Literal["int8", "fp16", "fp32"]
 OPSET = 17
 WORD_TABLE = "word_table"
 WORDS_FILE = "words.bin"
-HEAD_SCOPE = "/head/"  # the tracer names nodes after the module that ran them
+# The tracer names nodes after the module that ran them; these stay float32 in every precision.
+FLOAT_SCOPES = ("/head/", "/to_vector/")
 
 
 class _UserEncoder(nn.Module):
@@ -121,19 +122,19 @@ def save_graphs(
     """Writes `<graph>.onnx` for each graph and the word table they share, in one precision.
 
     int8 quantizes the products with constants, weights per channel and signed, activations at run time with one scale
-    per product; the word table is kept as float16. The head stays float32 in every precision: features are raw
-    numbers of any size, and the untrained score must be the prior's exactly.
+    per product; the word table is kept as float16. The head stays float32 in every precision, for features are raw
+    numbers of any size and the untrained score must be the prior's exactly; so do the means that make vectors.
     """
     directory.mkdir()
     words = words_VH.astype(np.float32 if precision == "fp32" else np.float16)
     words.tofile(directory / WORDS_FILE)
     for name, graph in graphs.items():
         path = directory / f"{name}.onnx"
-        head = [node.name for node in graph.graph.node if HEAD_SCOPE in node.name]
+        kept = [node.name for node in graph.graph.node if any(scope in node.name for scope in FLOAT_SCOPES)]
         if precision == "int8":
-            model = quantize_graph(graph, head)
+            model = quantize_graph(graph, kept)
         elif precision == "fp16":
-            model = _halve(graph, head)
+            model = _halve(graph, kept)
         else:
             model = _copy(graph)
         if any(value.name == WORD_TABLE for value in model.graph.input):
@@ -160,10 +161,10 @@ def quantize_graph(graph: onnx.ModelProto, kept: Sequence[str] = ()) -> onnx.Mod
         return onnx.load(path)
 
 
-def _halve(graph: onnx.ModelProto, head: Sequence[str]) -> onnx.ModelProto:
+def _halve(graph: onnx.ModelProto, kept: Sequence[str]) -> onnx.ModelProto:
     model = _copy(graph)
-    kept = [value.name for value in [*model.graph.input, *model.graph.output] if value.name != WORD_TABLE]
-    halved = convert_float_to_float16(model, keep_io_types=kept, node_block_list=list(head))
+    float_ends = [value.name for value in [*model.graph.input, *model.graph.output] if value.name != WORD_TABLE]
+    halved = convert_float_to_float16(model, keep_io_types=float_ends, node_block_list=list(kept))
     # The converter narrows every input and widens it again for the head, where a large counter would become infinite:
     # a widening that follows a narrowing reads what was there before.
     narrowed = {n.output[0]: n.input[0] for n in halved.graph.node if _casts_to(n, TensorProto.FLOAT16)}

@@ -50,14 +50,23 @@ class Head(nn.Module):
         self.register_buffer("feature_mean", torch.zeros(len(feature_names)))
         self.register_buffer("feature_std", torch.ones(len(feature_names)))
 
-    def forward(self, pooled: Tensor, match: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns click logits [B,N] and ratings [B,N] in 1..5. `match` is a cosine [B,N]."""
+    def forward(self, pooled: Tensor, user_vectors: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns click logits [B,N] and ratings [B,N] in 1..5, from states [B,N,H], users [B,H], features [B,N,F]."""
+        match = (nn.functional.normalize(pooled, dim=-1) * user_vectors.unsqueeze(1)).sum(-1)
         prior = (features * self.prior).sum(-1)
         standard = ((features - self.feature_mean) / self.feature_std).clamp(-MAX_DEVIATIONS, MAX_DEVIATIONS)
         learned = self.outer(nn.functional.gelu(self.inner(torch.cat([pooled, standard], -1))))
         learned = learned + match.unsqueeze(-1) * self.match_gain
         rating = self.rating_affine[0] * prior + self.rating_affine[1] + learned[..., 1]
         return prior + learned[..., 0], RATING_MIN + (RATING_MAX - RATING_MIN) * torch.sigmoid(rating)
+
+
+class TextVector(nn.Module):
+    """The embedding of a text: the mean over its tokens' top states, at unit length."""
+
+    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
+        """Returns vectors [B,H] of states [B,M,H]."""
+        return nn.functional.normalize(_masked_mean(states, mask), dim=-1)
 
 
 class SplitRanker(nn.Module):
@@ -83,6 +92,7 @@ class SplitRanker(nn.Module):
         self.split_layer = split_layer
         self.item_states = item_states
         self.feature_names = tuple(feature_names)
+        self.to_vector = TextVector()
         self.head = Head(bert.shape.hidden_size, feature_names, prior, head_width)
 
     def forward(
@@ -120,7 +130,7 @@ class SplitRanker(nn.Module):
                 all_keys.append(key.transpose(-1, -2))
                 all_values.append(value)
             states = layer(states, query, key, value, bias)
-        vectors = nn.functional.normalize(_masked_mean(states, user_mask), dim=-1)
+        vectors = self.to_vector(states, user_mask)
         if not all_keys:  # two towers: nothing above the split attends
             none = value.unsqueeze(1)[:, :0]
             return none.transpose(-1, -2), none, vectors
@@ -143,7 +153,7 @@ class SplitRanker(nn.Module):
                     return kept, kept_mask, states.new_zeros(0)
             if layer is not None:
                 states = layer(states, *layer.project(states), bias)
-        return kept, kept_mask, nn.functional.normalize(_masked_mean(states, item_mask), dim=-1)
+        return kept, kept_mask, self.to_vector(states, item_mask)
 
     def score(
         self,
@@ -167,8 +177,7 @@ class SplitRanker(nn.Module):
             )
         pooled = _masked_mean(states.reshape(batch * count, per_item, hidden), state_mask.reshape(-1, per_item))
         pooled = pooled.reshape(batch, count, hidden)
-        match = (nn.functional.normalize(pooled, dim=-1) * user_vectors.unsqueeze(1)).sum(-1)
-        click_logits, ratings = self.head(pooled, match, features)
+        click_logits, ratings = self.head(pooled, user_vectors, features)
         return click_logits, ratings, pooled
 
     def _attend_jointly(

@@ -22,7 +22,7 @@ from tailrace.model_card import RankerCard
 from training.model import SplitRanker
 
 PARITY_FILE = "parity.json"
-NUM_USERS, NUM_ITEMS, TOP = 6, 48, 10
+NUM_USERS, NUM_ITEMS, TOP = 4, 32, 10
 
 Array = NDArray[np.float32]
 Feeds = Mapping[str, NDArray[np.generic]]

@@ -49,7 +49,7 @@ def scene(kafka: LocalKafka, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     try:
         url = start_serving(settings)
         with httpx.Client(base_url=url, timeout=20.0) as client:
-            found = Scene(settings, client, registry)
+            found = Scene(settings, client, registry, folder / "bundle")
             found.produce_items([book(number) for number in range(NUM_BOOKS)])
             until(lambda: client.get("/readyz"), lambda response: response.status_code == 200, timeout_s=60)
             until(lambda: found.statuses()[0]["items"], lambda items: items == NUM_BOOKS, timeout_s=60)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
@@ -41,6 +42,7 @@ class Scene:
     settings: Settings
     client: httpx.Client
     registry: Registry
+    bundle: Path
 
     def recommend(self, user_id: str, **fields: Any) -> dict[str, Any]:
         """Returns an answer, which must be a good one."""

@@ -2,9 +2,12 @@
 
 import asyncio
 import time
+from pathlib import Path
 from uuid import uuid4
 
 import httpx
+import ray
+from ray.util import list_named_actors
 
 from tailrace.ids import ModelVersion
 from tailrace.registry import announce
@@ -132,3 +135,54 @@ def test_overload_is_answered_429_with_retry_after_and_does_not_pile_up(scene: S
     assert time.monotonic() - started < 5.0
     metrics = scene.client.get("/metrics").text
     assert 'tailrace_http_requests_total{route="/v1/recommendations",status="429"}' in metrics
+
+
+def test_damaged_bundle_leaves_the_running_model_and_says_so(scene: Scene) -> None:
+    version = ModelVersion("v3")
+    scene.registry.publish(scene.bundle, version=version)
+    announcement = scene.registry.promote(version)
+    damaged = Path(scene.registry.url) / "bundles" / version / "int8" / "scorer.onnx"
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 1
+    damaged.write_bytes(data)
+    serving = scene.statuses()[0]["serving"]
+    announce(scene.settings.kafka, announcement)
+    status = until(lambda: scene.statuses()[0], lambda found: version in found["refused"])
+    assert status["serving"] == serving and "scorer.onnx" in status["refused"][version]
+    assert scene.recommend(new_user(), dry_run=True)["model_version"] == serving
+    announce(scene.settings.kafka, scene.registry.rollback())
+
+
+def test_killed_ranker_is_bridged_by_popular_answers_and_comes_back(scene: Scene) -> None:
+    before = scene.recommend(new_user(), dry_run=True)["model_version"]
+    kill_replicas("ranker")
+    rungs: list[str] = []
+
+    def ask() -> str:
+        answer = scene.recommend(new_user(), dry_run=True)
+        rungs.append(answer["degraded"])
+        return str(answer["degraded"]) + str(answer["model_version"])
+
+    until(ask, lambda found: found == f"none{before}" and "popular" in rungs, timeout_s=60)
+
+
+def test_killed_gateway_comes_back(scene: Scene) -> None:
+    kill_replicas("gateway")
+
+    def ask() -> int:
+        try:
+            body = {"user_id": new_user(), "dry_run": True}
+            return scene.client.post("/v1/recommendations", json=body).status_code
+        except httpx.TransportError:
+            return 0
+
+    until(ask, lambda status: status == 200, timeout_s=60)
+    until(lambda: scene.client.get("/readyz").status_code, lambda status: status == 200, timeout_s=30)
+
+
+def kill_replicas(deployment: str) -> None:
+    """Ends the processes of a deployment's replicas at once, without a farewell."""
+    found = [one for one in list_named_actors(all_namespaces=True) if f"#{deployment}#" in one["name"]]
+    assert found, f"no replica of {deployment}"
+    for one in found:
+        ray.kill(ray.get_actor(one["name"], namespace=one["namespace"]))

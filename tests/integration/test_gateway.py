@@ -31,7 +31,7 @@ from tailrace.registry import Registry
 from tailrace.settings import Settings, load_settings
 from tailrace.stores.memory import MemoryStore
 from tailrace.stores.store import Batch, Store
-from tailrace.topics import tailrace_topics
+from tailrace.topics import USER_STREAMS, tailrace_topics
 from tests.fakes import FixedRanker
 
 NOW_MS = 1_790_000_000_000
@@ -416,10 +416,11 @@ def test_events_without_a_broker_are_to_be_sent_again(offline: Service) -> None:
     problem(offline.call("DELETE", "/v1/users/u/profile"), 503, "broker-unavailable")
 
 
-def test_deletion_is_an_empty_record_under_the_users_key(on_kafka: Service) -> None:
+def test_deletion_is_an_empty_record_under_the_users_key_in_each_stream(on_kafka: Service) -> None:
     user = f"user-{uuid4().hex}"
     assert on_kafka.call("DELETE", f"/v1/users/{user}/profile").status_code == 202
-    assert on_kafka.records_of("contexts", user) == [None]
+    assert [on_kafka.records_of(stream, user) for stream in USER_STREAMS] == [[None]] * 4
+    problem(on_kafka.call("DELETE", f"/v1/users/{'x' * 257}/profile"), 422, "invalid")
 
 
 def test_profile_page_shows_what_is_known(on_kafka: Service) -> None:

@@ -166,7 +166,7 @@ def _work(order: Order) -> None:
     from tailrace.stores import open_store
 
     if order.max_file_bytes is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (order.max_file_bytes, order.max_file_bytes))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (order.max_file_bytes, resource.RLIM_INFINITY))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so a write fails, as on a full disk, and kills nobody
     batches = 0
     has_records = False

@@ -59,9 +59,7 @@ class Shelf:
         return self.profiles.setdefault(user, Profile(UserId(user)))
 
     def pool(self, user: str = "u", *, num_candidates: int = 20, seed: int = 0, **asked: object) -> Candidates:
-        request = PoolRequest(
-            profile=self.profile(user), now_ms=NOW_MS, num_candidates=num_candidates, **(asked)  # type: ignore[arg-type]
-        )
+        request = PoolRequest(profile=self.profile(user), now_ms=NOW_MS, num_candidates=num_candidates, **asked)
         return build_pool(self.catalogue, self.vectors, request, np.random.default_rng(seed))
 
     def filtered(self, **filters: object) -> set[int]:
@@ -72,8 +70,9 @@ class Shelf:
 
 def test_a_pool_is_distinct_full_and_names_a_source_for_each() -> None:
     shelf = Shelf()
-    for number in (3, 4, 5):
+    for number in (3, 10, 11):
         shelf.act("v", number)
+    shelf.act("w", 14)
     shelf.act("u", 3)
     pool = shelf.pool(user_D=np.eye(4)[0], history_D=np.eye(4)[1])
     assert len(set(pool.rows_N.tolist())) == len(pool.rows_N) == len(pool.sources_N) == 20

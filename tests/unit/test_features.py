@@ -229,6 +229,7 @@ def test_a_removed_item_still_has_features() -> None:
     assert np.isfinite(features).all()
 
 
+@settings(deadline=None)
 @given(hnp.arrays(np.float32, len(FEATURE_NAMES), elements=st.floats(-1e4, 1e4, width=32)))
 def test_features_survive_the_log_bit_for_bit(features_F: Floats) -> None:
     decoded = decode_features(encode_features(features_F))

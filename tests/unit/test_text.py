@@ -70,8 +70,18 @@ def test_what_was_said_outright_outweighs_a_later_click() -> None:
 
 @pytest.mark.parametrize(
     ("what", "word"),
-    [(5.0, "loved"), (4.0, "liked"), (3.0, "fine"), (2.0, "disliked"), ("save", "loved"), ("purchase", "loved")]
-    + [("click", "liked"), ("view", "fine"), ("hide", "disliked"), ("skip", "disliked")],
+    [
+        (5.0, "loved"),
+        (4.0, "liked"),
+        (3.0, "fine"),
+        (2.0, "disliked"),
+        ("save", "loved"),
+        ("purchase", "loved"),
+        ("click", "liked"),
+        ("view", "fine"),
+        ("hide", "disliked"),
+        ("skip", "disliked"),
+    ],
 )
 def test_ratings_and_actions_become_words(what: Action | float, word: str) -> None:
     assert f"{word}: Emma" in read(profile_of(("emma", what)))

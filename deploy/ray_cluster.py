@@ -1,0 +1,57 @@
+"""Ray as Tailrace starts it: a cluster that exists, or one of its own on loopback that ends with the caller."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+import structlog
+
+log = structlog.get_logger()
+
+NAMESPACE = "tailrace"
+_OBJECT_STORE_BYTES = 200 * 2**20  # nothing large goes through it here
+_ATTEMPTS = 3
+
+
+@contextmanager
+def ray_cluster(address: str | None = None) -> Iterator[None]:
+    """Joins the Ray cluster at `address`, or runs one on 127.0.0.1 while the block lasts."""
+    if address is not None:
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+    # A processor-only machine: without this Ray warns that it will stop hiding the accelerators nobody has.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # A short path: Ray's sockets stand below it, and their names may have about a hundred characters.
+    with tempfile.TemporaryDirectory(prefix="tailrace-ray-", ignore_cleanup_errors=True) as folder:
+        try:
+            _start(folder)
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _start(folder: str) -> None:
+    """Starts Ray, again where a busy machine was slower than the 30 s that Ray allows its own node."""
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            ray.init(
+                num_cpus=max(os.cpu_count() or 1, 4),  # slots for actors that mostly wait, not a claim on cores
+                include_dashboard=False,
+                namespace=NAMESPACE,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=folder,
+            )
+            return
+        except Exception as error:  # Ray raises a bare Exception when its node is late
+            ray.shutdown()
+            if attempt == _ATTEMPTS or "timed out during startup" not in str(error):
+                raise
+            log.warning("Ray was slow to start; once more", attempt=attempt)
