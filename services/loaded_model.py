@@ -33,7 +33,9 @@ Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
-class _ScoreJob:
+class ScoreJob:
+    """One request's candidates, to be scored for one user (B = 1)."""
+
     user: EncodedUsers
     rows_N: Rows
     features_NF: Floats
@@ -101,7 +103,7 @@ class LoadedModel:
 
     def score(self, user: EncodedUsers, rows_N: Rows, features_NF: Floats, deadline: float) -> tuple[Floats, Floats]:
         """Returns click logits [N] and ratings [N]. Raises TooLate, Overloaded or ScoringError."""
-        return _wait(self._scoring.submit(_ScoreJob(user, rows_N, features_NF), deadline), deadline)
+        return _wait(self._scoring.submit(ScoreJob(user, rows_N, features_NF), deadline), deadline)
 
     def encode_items(self, texts: Sequence[str]) -> Arrays:
         """Returns states, mask and vectors of items with these texts; runs in the caller's thread."""
@@ -147,16 +149,16 @@ class LoadedModel:
             raise ScoringError(f"{self.version}: encoding a user failed: {error}") from error
         return [_one_user(users, index) for index in range(len(texts))]
 
-    def _run_score(self, jobs: list[_ScoreJob]) -> list[tuple[Floats, Floats]]:
+    def _run_score(self, jobs: list[ScoreJob]) -> list[tuple[Floats, Floats]]:
         try:
             if not self._together:
-                return [self._score_together([job])[0] for job in jobs]
-            return self._score_together(jobs)
+                return [self.score_together([job])[0] for job in jobs]
+            return self.score_together(jobs)
         except Exception as error:
             raise ScoringError(f"{self.version}: scoring failed: {error}") from error
 
-    def _score_together(self, jobs: list[_ScoreJob]) -> list[tuple[Floats, Floats]]:
-        """Pads users and candidates to the largest of them and scores all in one call."""
+    def score_together(self, jobs: list[ScoreJob]) -> list[tuple[Floats, Floats]]:
+        """Returns click logits and ratings of each job: padded to the largest of them and scored in one call."""
         most = max(len(job.rows_N) for job in jobs)
         rows_BN = np.stack([np.pad(job.rows_N, (0, most - len(job.rows_N)), mode="edge") for job in jobs])
         features_BNF = np.stack(

@@ -35,7 +35,7 @@ class Ranker:
         configure_logging(settings)
         self._settings = settings
         self._catalogue = Catalogue()
-        self._slot = ModelSlot(
+        self.slot = ModelSlot(
             settings,
             open_registry(settings),
             self._catalogue,
@@ -45,16 +45,16 @@ class Ranker:
         self._tables = [
             TableReader(settings.kafka, "items", self._apply_item),
             TableReader(settings.kafka, "item-stats", self._catalogue.apply_stats),
-            TableReader(settings.kafka, "models", self._slot.apply_announcement),
+            TableReader(settings.kafka, "models", self.slot.apply_announcement),
         ]
         self._pool = ThreadPoolExecutor(settings.ranker.max_ongoing_requests, thread_name_prefix="rank")
         for table in self._tables:
             table.start()
-        self._slot.start()
+        self.slot.start()
 
     def wait(self, timeout_s: float) -> bool:
         """Returns whether a model serves, once the first has been loaded or refused, or after `timeout_s`."""
-        return self._slot.wait(timeout_s)
+        return self.slot.wait(timeout_s)
 
     async def rank(self, asked: bytes) -> bytes:
         """Returns the encoded RankedAnswer to an encoded Asked. Raises NotReady."""
@@ -71,21 +71,21 @@ class Ranker:
 
     async def status(self) -> bytes:
         """Returns the encoded ModelStatus."""
-        return _encoder.encode(self._slot.status())
+        return _encoder.encode(self.slot.status())
 
     def close(self) -> None:
         """Stops the replica's threads."""
         for table in self._tables:
             table.stop()
-        self._slot.stop()
+        self.slot.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _rank(self, asked: Asked, received: float) -> RankedAnswer:
-        with self._slot.lease() as model:
+        with self.slot.lease() as model:
             # Waiting for a thread has cost some of the budget.
             left_s = max(asked.budget_s - (time.monotonic() - received), 0.0)
             answer = self._recommend(msgspec.structs.replace(asked, budget_s=left_s), model)
-            self._slot.note_request(asked)
+            self.slot.note_request(asked)
             return msgspec.structs.replace(answer, waiting=model.waiting)
 
     def _recommend(self, asked: Asked, model: LoadedModel) -> RankedAnswer:
@@ -96,7 +96,7 @@ class Ranker:
         return self._recommend(msgspec.structs.replace(asked, request=request, budget_s=_WARM_UP_S), model)
 
     def _similar(self, item_id: ItemId, n: int) -> list[SimilarItem]:
-        with self._slot.lease() as model:
+        with self.slot.lease() as model:
             row = self._catalogue.row(item_id)
             vectors_RD = model.encodings.vectors
             if row is None or row >= len(vectors_RD):
@@ -114,4 +114,4 @@ class Ranker:
 
     def _apply_item(self, item_id: str, value: bytes | None, at_ms: int) -> None:
         self._catalogue.apply_item(item_id, value, at_ms)
-        self._slot.note_item()
+        self.slot.note_item()

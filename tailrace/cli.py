@@ -161,7 +161,7 @@ def stream(session: Session, address: str | None) -> None:
     create_topics(settings.kafka)
     from stream.supervisor import supervise
 
-    with _stop_on_signals() as stop, _ray(address):
+    with _ray(address), _stop_on_signals() as stop:  # in this order: Ray takes the signals for itself
         supervise(settings, stop=stop)
 
 
@@ -174,7 +174,7 @@ def serve(session: Session, address: str | None) -> None:
     create_topics(settings.kafka)
     from services.app import start_serving, stop_serving
 
-    with _stop_on_signals() as stop, _ray(address):
+    with _ray(address), _stop_on_signals() as stop:  # in this order: Ray takes the signals for itself
         try:
             start_serving(settings)
             click.echo(f"http://{settings.gateway.host}:{settings.gateway.port}")

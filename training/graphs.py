@@ -131,6 +131,7 @@ def save_graphs(
     for name, graph in graphs.items():
         path = directory / f"{name}.onnx"
         kept = [node.name for node in graph.graph.node if any(scope in node.name for scope in FLOAT_SCOPES)]
+        assert kept, f"the tracer no longer names the nodes of {name} after their modules"
         if precision == "int8":
             model = quantize_graph(graph, kept)
         elif precision == "fp16":

@@ -158,6 +158,7 @@ def _become_worker(order: Order) -> None:
 
 
 def _work(order: Order) -> None:
+    import faulthandler
     import resource
     import traceback
 
@@ -165,6 +166,7 @@ def _work(order: Order) -> None:
     from tailrace.settings import load_settings
     from tailrace.stores import open_store
 
+    faulthandler.register(signal.SIGUSR1)  # where does it hang?
     if order.max_file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (order.max_file_bytes, resource.RLIM_INFINITY))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so a write fails, as on a full disk, and kills nobody

@@ -105,7 +105,7 @@ class Scene:
         ends = self.ends()
         wait_until(
             lambda: all(self.offsets(number) == of_partition for number, of_partition in ends.items()),
-            f"the workers reach the end of the log {ends}\n{self.logs()}",
+            f"the workers reach the end of the log {ends}\n{self.logs()[-3000:]}",
             timeout_s,
         )
 
@@ -115,8 +115,8 @@ class Scene:
         return wait_until(lambda: sum(self.offsets(partition).values()) > before, "a worker saves", timeout_s)
 
     def logs(self) -> str:
-        """Returns the last lines the workers wrote."""
-        return "\n".join(log.read_text()[-1500:] for log in sorted(self.folder.glob("worker-*.log"))[-3:])
+        """Returns what the workers wrote, the newest worker last."""
+        return "\n".join(log.read_text() for log in sorted(self.folder.glob("worker-*.log")))
 
     def close(self) -> None:
         """Stops every worker, gracefully where it still can, and the store."""
