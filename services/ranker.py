@@ -92,7 +92,7 @@ class Ranker:
         return recommend(asked, self._catalogue, model, self._settings.ranker, self._settings.slate)
 
     def _warm_up(self, asked: Asked, model: LoadedModel) -> RankedAnswer:
-        request = msgspec.structs.replace(asked.request, dry_run=True)
+        request = msgspec.structs.replace(asked.request, dry_run=False)  # the impression is made, and goes nowhere
         return self._recommend(msgspec.structs.replace(asked, request=request, budget_s=_WARM_UP_S), model)
 
     def _similar(self, item_id: ItemId, n: int) -> list[SimilarItem]:

@@ -56,10 +56,8 @@ class StreamCursor:
             retry_backoff_ms=20,
             metadata_max_age_ms=30_000,
         )
-        places = [place for of_partition in self._places.values() for place in of_partition]
-        self._consumer.assign(places)
-        self._consumer.pause(*places)
-        self._ends = dict.fromkeys(places, 0)
+        self._ends = {place: 0 for of_partition in self._places.values() for place in of_partition}
+        self._reading: set[int] = set()
 
     def place(self, partition: int, stored: Mapping[str, Offset]) -> dict[str, Offset]:
         """Returns the offsets the partition goes on from, having sought to them. Raises KafkaError.
@@ -73,8 +71,10 @@ class StreamCursor:
         offsets: dict[str, Offset] = {}
         for stream, place in zip(STREAMS, places, strict=True):
             offsets[stream] = Offset(self._topic_ids[stream], self._start(stream, place, stored, starts[place]))
+        self._reading.add(partition)
+        self._assign()
+        for stream, place in zip(STREAMS, places, strict=True):
             self._consumer.seek(place, offsets[stream].next_offset)
-        self._consumer.resume(*places)
         return offsets
 
     def _start(self, stream: Stream, place: TopicPartition, stored: Mapping[str, Offset], first: int) -> int:
@@ -99,7 +99,14 @@ class StreamCursor:
 
     def hold(self, partition: int) -> None:
         """Reads nothing more of the partition, until it is placed again."""
-        self._consumer.pause(*self._places[partition])
+        self._reading.discard(partition)
+        self._assign()
+
+    def _assign(self) -> None:
+        # Not pause and resume: kafka-python 3.0.12 may keep what it had fetched of a paused partition aside for ever.
+        # What is no longer assigned it drops, and what stays assigned keeps its position.
+        if self._reading:
+            self._consumer.assign([place for number in sorted(self._reading) for place in self._places[number]])
 
     def poll(self, timeout_s: float) -> tuple[dict[int, Records], set[int]]:
         """Returns records by partition, and the partitions that must be placed again. Raises KafkaError."""
@@ -133,7 +140,9 @@ class StreamCursor:
         """Returns how many records of the partition stand in Kafka beyond `offsets`, as far as is known."""
         lag = 0
         for stream, place in zip(STREAMS, self._places[partition], strict=True):
-            end = max(self._consumer.highwater(place) or 0, self._ends[place])
+            if partition in self._reading:
+                self._ends[place] = max(self._consumer.highwater(place) or 0, self._ends[place])
+            end = self._ends[place]
             lag += max(end - offsets[stream].next_offset, 0) if stream in offsets else end
         return lag
 
