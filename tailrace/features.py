@@ -8,7 +8,7 @@ Shapes: N candidates, F features, D vector size, R recent items of the user.
 
 import base64
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,10 +69,14 @@ def _feature_names() -> tuple[str, ...]:
     return tuple(names)
 
 
+def hash_features(names: Sequence[str]) -> str:
+    """Returns 16 hex digits that stand for these features, in this order, and for how they and the texts are made."""
+    made_of = (*names, f"features {FEATURE_VERSION}", f"text {TEXT_VERSION}")
+    return hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:16]
+
+
 FEATURE_NAMES: tuple[str, ...] = _feature_names()
-FEATURE_NAMES_HASH: str = hashlib.sha256(
-    "\n".join((*FEATURE_NAMES, f"features {FEATURE_VERSION}", f"text {TEXT_VERSION}")).encode()
-).hexdigest()[:16]
+FEATURE_NAMES_HASH: str = hash_features(FEATURE_NAMES)
 
 # Version 0 of the model is this sum and nothing else (`training.model.Head`): learning starts from it. Read it as
 # log(popularity of the last hours) - log(age) / 2, plus taste. Chosen on Deskdrop's third quarter, which fixes the

@@ -1,7 +1,5 @@
 """All that `model.json` says of a version of the ranker: written by training, read by serving and the next round."""
 
-import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +27,6 @@ class RankerCard(ModelCard, frozen=True, kw_only=True):
     prior: dict[str, float]
     bert_config: dict[str, Any]
     format: int = CARD_FORMAT
-
-
-def hash_names(names: Sequence[str]) -> str:
-    """Returns 16 hex digits that stand for these feature names in this order."""
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
 
 
 def save_ranker_card(card: RankerCard, directory: Path) -> None:

@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from tailrace.errors import BundleError
+from tailrace.features import hash_features
 from tailrace.ids import ModelVersion
-from tailrace.model_card import RankerCard, hash_names, load_ranker_card, save_ranker_card
+from tailrace.model_card import RankerCard, load_ranker_card, save_ranker_card
 from tailrace.text import TEXT_VERSION
 from training.bert import PACKAGED, Bert, BertShape, load_base
 from training.graphs import Precision, save_graphs, trace_graphs
@@ -167,7 +168,7 @@ def describe(
         head_width=ranker.head.inner.out_features,
         pad_token_id=shape.pad_token_id or 0,
         feature_names=list(ranker.feature_names),
-        feature_names_hash=hash_names(ranker.feature_names),
+        feature_names_hash=hash_features(ranker.feature_names),
         prior={name: weight for name, weight in prior.items() if weight},
         precisions=list(precisions),
         bert_config=msgspec.to_builtins(shape),
