@@ -28,7 +28,7 @@ from tailrace.telemetry import configure_logging
 from tailrace.topics import tailrace_topics
 from tailrace.world import Moment, World
 
-_READERS = 300
+_READERS = 80
 _VISITS_PER_S = 5.0
 _READY_TIMEOUT_S = 120.0
 

@@ -1,5 +1,6 @@
 """Ray as Tailrace starts it: a cluster that exists, or one of its own on loopback that ends with the caller."""
 
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ def ray_cluster(address: str | None = None) -> Iterator[None]:
         finally:
             ray.shutdown()
         return
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     # A processor-only machine: without this Ray warns that it will stop hiding the accelerators nobody has.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # A short path: Ray's sockets stand below it, and their names may have about a hundred characters.
@@ -46,6 +48,7 @@ def _start(folder: str) -> None:
                 namespace=NAMESPACE,
                 object_store_memory=_OBJECT_STORE_BYTES,
                 log_to_driver=False,
+                logging_level=logging.ERROR,
                 _node_ip_address="127.0.0.1",
                 _temp_dir=folder,
             )

@@ -116,14 +116,14 @@ def build_app(settings: Settings) -> serve.Application:
         logging_config=_QUIET,
     )(RankerReplica)
     # The gateway keeps its own queue (`admission.py`), so that a refusal is a problem document and health and metrics
-    # answer under any load. Refusing is cheap, so a replica takes in four times what it may hold; Ray's queue limit,
+    # answer under any load. Refusing is cheap, so a replica takes in eight times what it may hold; Ray's queue limit,
     # whose refusals are plain text, stands behind that.
     places = gateway.max_ongoing_requests + gateway.max_queued_requests
     gateways = serve.deployment(
         name="gateway",
         num_replicas=gateway.replicas,
-        max_ongoing_requests=4 * places,
-        max_queued_requests=places,
+        max_ongoing_requests=8 * places,
+        max_queued_requests=8 * places,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1.0),
         ray_actor_options={"num_cpus": gateway.num_cpus},
         graceful_shutdown_timeout_s=5.0,

@@ -101,8 +101,9 @@ class ItemEncodings:
             row: place for row, text in texts.items() if (place := self._cached_at.get(_digest(text))) is not None
         }
         if places and self._cached is not None:
-            states, mask, vectors = (array[list(places.values())] for array in self._cached)
-            self._put({row: texts[row] for row in places}, (states, mask, vectors))
+            states, mask, vectors = self._cached
+            kept = list(places.values())
+            self._put({row: texts[row] for row in places}, (states[kept], mask[kept], vectors[kept]))
         new = {row: text for row, text in texts.items() if row not in places}
         if new:
             self._put(new, encoder.encode_items(list(new.values())))
@@ -137,8 +138,7 @@ class ItemEncodings:
         rows = list(texts)
         with self._lock:
             held = self._reserve(max(rows) + 1, encoded)
-            for array, values in zip(held, encoded, strict=True):
-                array[rows] = values
+            held[0][rows], held[1][rows], held[2][rows] = encoded
             for row, text in texts.items():
                 self.texts[row] = text
             self._ready[rows] = True

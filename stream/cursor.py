@@ -114,6 +114,7 @@ class StreamCursor:
         try:
             polled = self._consumer.poll(timeout_ms=int(timeout_s * 1000))
         except OffsetOutOfRangeError as error:
+            self._topic_ids = _ids_of_streams(self._kafka)  # most likely the topic is another one now
             self._unreachable |= dict.fromkeys(error.args[0])
             return {}, moved | {place.partition for place in error.args[0]}
         except LogTruncationError as error:

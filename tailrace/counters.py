@@ -103,13 +103,22 @@ def apply_covisit(counters: ItemCounters, other: ItemId, at_ms: int) -> None:
     if held is None:
         covisits[other] = (at_ms, 1.0)
         if len(covisits) > MAX_COVISITS:
-            now_ms, _ = max(covisits.values())
-            ranked = sorted((-decayed(pair, now_ms), item) for item, pair in covisits.items())
-            counters.covisits = {item: covisits[item] for _, item in ranked[: MAX_COVISITS // 2]}
+            counters.covisits = _strongest(covisits)
     elif at_ms >= held[0]:
         covisits[other] = (at_ms, held[1] * exp2((held[0] - at_ms) / _COVISIT_HALF_LIFE_MS) + 1.0)
     else:
         covisits[other] = (held[0], held[1] + exp2((at_ms - held[0]) / _COVISIT_HALF_LIFE_MS))
+
+
+def _strongest(covisits: dict[ItemId, tuple[int, float]]) -> dict[ItemId, tuple[int, float]]:
+    now_ms, _ = max(covisits.values())
+    ranked = sorted(
+        [
+            (-weight * exp2((held_ms - now_ms) / _COVISIT_HALF_LIFE_MS), item)
+            for item, (held_ms, weight) in covisits.items()
+        ]
+    )
+    return {item: covisits[item] for _, item in ranked[: MAX_COVISITS // 2]}
 
 
 def decayed(held: tuple[int, float], at_ms: int) -> float:

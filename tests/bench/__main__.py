@@ -8,6 +8,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from tests import readme
 from tests.bench.decoding import bench_decoding
 from tests.bench.ranker import bench_ranker
 from tests.bench.report import Row, figure, save_results
@@ -39,6 +40,7 @@ def main(only: str | None) -> None:
     if only is None:
         machine = f"{os.cpu_count()} cores, no GPU, {platform.system()}, Python {platform.python_version()}"
         save_results({"machine": machine, "rows": rows})
+        readme.main()
 
 
 if __name__ == "__main__":

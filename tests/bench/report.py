@@ -1,14 +1,10 @@
 """The rows that `make bench` measures, as JSON in a file and as the table in the README's "Measured" section."""
 
 import json
-import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict
 
 RESULTS = Path(__file__).parent / "results.json"
-README = Path(__file__).parents[2] / "README.md"
-_SECTION = re.compile(r"(<!-- measured: begin -->\n).*(<!-- measured: end -->)", re.DOTALL)
 
 
 class Row(TypedDict):
@@ -33,18 +29,8 @@ def load_results() -> Results:
 
 
 def save_results(results: Results) -> None:
-    """Writes the figures to the JSON file and into the README."""
+    """Writes the figures to the JSON file."""
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    table = markdown_table(results)
-    README.write_text(_SECTION.sub(lambda found: f"{found[1]}{table}\n{found[2]}", README.read_text()))
-
-
-def readme_table() -> str:
-    """Returns the table that the README shows. Raises ValueError when its markers are gone."""
-    found = re.search(r"<!-- measured: begin -->\n(.*)\n<!-- measured: end -->", README.read_text(), re.DOTALL)
-    if not found:
-        raise ValueError("README.md has lost its `measured` markers")
-    return found[1]
 
 
 def markdown_table(results: Results) -> str:
@@ -59,8 +45,3 @@ def figure(row: Row) -> str:
     value = row["value"]
     text = f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
     return f"{text} {row['unit']}".strip()
-
-
-def table_rows(results: Results) -> Sequence[tuple[str, str]]:
-    """Returns (measure, figure) for a terminal table."""
-    return [(row["name"], figure(row)) for row in results["rows"]]

@@ -4,6 +4,7 @@ A worker can be told where to die: SIGKILL as the named step of its n-th batch w
 """
 
 import ctypes
+import importlib
 import os
 import signal
 import subprocess
@@ -107,7 +108,9 @@ class Launcher:
 
 def main() -> None:
     """Forks a keeper for every order on standard input; the keeper forks the worker, and reports its life."""
-    import stream.worker  # noqa: F401  # before the forks: that is what makes them fast
+    # Before the forks: that is what makes them fast.
+    for module in ("stream.worker", "tailrace.stores.lmdb_store", "tailrace.stores.valkey_store"):
+        importlib.import_module(module)
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the keepers are nobody's business
     for line in sys.stdin.buffer:
