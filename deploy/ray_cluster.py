@@ -1,4 +1,7 @@
-"""Ray as Tailrace starts it: a cluster that exists, or one of its own on loopback that ends with the caller."""
+"""Ray as Tailrace starts it: a cluster that exists, or one of its own on loopback that ends with the caller.
+
+Import this module before any other that imports Ray: Ray decides once, when it is imported, where it will listen.
+"""
 
 import logging
 import os
@@ -6,12 +9,19 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# Off, Ray listens on 127.0.0.1 alone; on (its default on Linux) it puts the machine's own address in the place of any
+# loopback address it is given, and listens on every interface. The name speaks of other systems, the effect is on all.
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
 import ray
 import structlog
+
+from tailrace.errors import TailraceError
 
 log = structlog.get_logger()
 
 NAMESPACE = "tailrace"
+LOOPBACK = "127.0.0.1"
 _OBJECT_STORE_BYTES = 200 * 2**20  # nothing large goes through it here
 _ATTEMPTS = 3
 
@@ -19,6 +29,7 @@ _ATTEMPTS = 3
 @contextmanager
 def ray_cluster(address: str | None = None) -> Iterator[None]:
     """Joins the Ray cluster at `address`, or runs one on 127.0.0.1 while the block lasts."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if address is not None:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False)
         try:
@@ -26,13 +37,14 @@ def ray_cluster(address: str | None = None) -> Iterator[None]:
         finally:
             ray.shutdown()
         return
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     # A processor-only machine: without this Ray warns that it will stop hiding the accelerators nobody has.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # A short path: Ray's sockets stand below it, and their names may have about a hundred characters.
     with tempfile.TemporaryDirectory(prefix="tailrace-ray-", ignore_cleanup_errors=True) as folder:
         try:
             _start(folder)
+            if ray.util.get_node_ip_address() != LOOPBACK:  # type: ignore[no-untyped-call]  # Ray leaves it untyped
+                raise TailraceError("Ray listens beyond 127.0.0.1: it was imported before deploy.ray_cluster")
             yield
         finally:
             ray.shutdown()
@@ -49,7 +61,7 @@ def _start(folder: str) -> None:
                 object_store_memory=_OBJECT_STORE_BYTES,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                _node_ip_address="127.0.0.1",
+                _node_ip_address=LOOPBACK,
                 _temp_dir=folder,
             )
             return

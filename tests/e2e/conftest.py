@@ -6,8 +6,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-import ray
 
+from deploy.ray_cluster import ray_cluster
 from services.app import start_serving, stop_serving
 from stream.bound_process import start_bound
 from stream.broker import LocalKafka
@@ -45,8 +45,7 @@ def scene(kafka: LocalKafka, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     (folder / "tailrace.toml").write_text(_toml(settings))
     command = [sys.executable, "-m", "stream.worker", "--settings", "tailrace.toml", "--partitions", "0,1"]
     worker = start_bound(command, folder / "worker.log", folder=folder)
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
-    try:
+    with ray_cluster():
         url = start_serving(settings)
         with httpx.Client(base_url=url, timeout=20.0) as client:
             found = Scene(settings, client, registry, folder / "bundle")
@@ -55,10 +54,8 @@ def scene(kafka: LocalKafka, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             until(lambda: found.statuses()[0]["items"], lambda items: items == NUM_BOOKS, timeout_s=60)
             yield found
         stop_serving()
-    finally:
-        ray.shutdown()
-        worker.terminate()
-        worker.wait(10)
+    worker.terminate()
+    worker.wait(10)
 
 
 def _publish_bundles(folder: Path, registry: Registry) -> None:

@@ -1,6 +1,7 @@
 """The service as a whole, over HTTP and Kafka."""
 
 import asyncio
+import os
 import time
 from pathlib import Path
 from uuid import uuid4
@@ -12,6 +13,7 @@ from ray.util import list_named_actors
 from tailrace.ids import ModelVersion
 from tailrace.registry import announce
 from tests.e2e.scene import Scene, book, new_user, until
+from tests.servers import listening_beyond_loopback
 
 
 def test_answer_carries_all_that_apps_are_promised(scene: Scene) -> None:
@@ -21,6 +23,10 @@ def test_answer_carries_all_that_apps_are_promised(scene: Scene) -> None:
     assert [item["position"] for item in answer["items"]] == [0, 1, 2, 3, 4]
     assert all(item["reasons"] for item in answer["items"]) and {"encode", "score", "slate"} <= answer["timings"].keys()
     assert any("Ghosts" in item["title"] for item in answer["items"])
+
+
+def test_nothing_listens_beyond_loopback(scene: Scene) -> None:
+    assert listening_beyond_loopback(os.getpid()) == []
 
 
 def test_click_changes_the_users_next_ranking(scene: Scene) -> None:
