@@ -1,7 +1,6 @@
 """Real servers for tests, as child processes on loopback that end with the test run."""
 
 import contextlib
-import os
 import random
 import socket
 import subprocess

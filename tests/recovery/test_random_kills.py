@@ -40,12 +40,15 @@ def test_random_kills_leave_the_state_of_the_log(tmp_path: Path, launcher: Launc
         produce(here.settings, SEED, 2000)
         traffic = Traffic(here.settings, SEED + 1, per_s=400).start()
         workers = [here.start_worker(group) for group in groups]
-        for _ in range(kills):
+        victims = ["worker", "broker", *(["store"] if valkey else [])]  # each once at least
+        victims += rng.choices(victims, weights=[8, 1, 2][: len(victims)], k=max(kills - len(victims), 0))
+        rng.shuffle(victims)
+        for victim in victims:
             which = rng.randrange(2)
             if rng.random() < 0.7:  # mostly at work; sometimes while the last one still starts
                 here.wait_for_progress(groups[which][0])
             pause.wait(rng.random() * 0.3)
-            match rng.choices(["worker", "broker", "store"], weights=[8, 1, 2 if valkey else 0])[0]:
+            match victim:
                 case "worker":
                     workers[which].signal(signal.SIGKILL)
                     workers[which].wait(10)
@@ -66,9 +69,9 @@ def test_random_kills_leave_the_state_of_the_log(tmp_path: Path, launcher: Launc
             stop_gracefully(worker)
         folded = assert_state_equals_log(here.settings, here.store)
         assert_stats_equal_counters(here.settings, here.store)
-        for victim, seconds in recovery_s.items():
+        for killed, seconds in recovery_s.items():
             print(
-                f"{kind}: {len(seconds)} kills of a {victim}, back at work after a median of "
+                f"{kind}: {len(seconds)} kills of a {killed}, back at work after a median of "
                 f"{statistics.median(seconds):.2f} s, at most {max(seconds):.2f} s"
             )
         print(

@@ -1,19 +1,17 @@
 """The supervisor on a real Ray: workers killed and stalled are replaced, and their number follows the lag."""
 
 import os
-import shutil
 import signal
-import tempfile
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 
+from deploy.ray_cluster import ray_cluster
 from stream.progress import Progress
 from stream.supervisor import supervise
 from stream.worker_actor import NAMESPACE
@@ -28,19 +26,8 @@ MakeScene = Callable[..., Scene]
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
     """A Ray of this module's own, on loopback."""
-    folder = Path(tempfile.mkdtemp(prefix="tailrace-ray-"))
-    ray.init(
-        num_cpus=4,
-        include_dashboard=False,
-        namespace=NAMESPACE,
-        object_store_memory=100 * 2**20,
-        log_to_driver=False,
-        _node_ip_address="127.0.0.1",
-        _temp_dir=str(folder),
-    )
-    yield
-    ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
+    with ray_cluster():
+        yield
 
 
 @contextmanager
