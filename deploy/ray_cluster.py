@@ -1,7 +1,4 @@
-"""Ray as Tailrace starts it: a cluster that exists, or one of its own on loopback that ends with the caller.
-
-Import this module before any other that imports Ray: Ray decides once, when it is imported, where it will listen.
-"""
+"""Ray as Tailrace starts it: a cluster that exists, or one of its own on loopback that ends with the caller."""
 
 import logging
 import os
@@ -9,12 +6,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Off, Ray listens on 127.0.0.1 alone; on (its default on Linux) it puts the machine's own address in the place of any
-# loopback address it is given, and listens on every interface. The name speaks of other systems, the effect is on all.
-os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-
 import ray
 import structlog
+from ray._private import ray_constants
 
 from tailrace.errors import TailraceError
 
@@ -42,12 +36,24 @@ def ray_cluster(address: str | None = None) -> Iterator[None]:
     # A short path: Ray's sockets stand below it, and their names may have about a hundred characters.
     with tempfile.TemporaryDirectory(prefix="tailrace-ray-", ignore_cleanup_errors=True) as folder:
         try:
+            _keep_to_loopback()
             _start(folder)
             if ray.util.get_node_ip_address() != LOOPBACK:  # type: ignore[no-untyped-call]  # Ray leaves it untyped
-                raise TailraceError("Ray listens beyond 127.0.0.1: it was imported before deploy.ray_cluster")
+                raise TailraceError("Ray would not keep to 127.0.0.1; a newer Ray may decide it elsewhere")
             yield
         finally:
             ray.shutdown()
+
+
+def _keep_to_loopback() -> None:
+    """Makes the Ray that is started next listen on 127.0.0.1 alone.
+
+    On Linux Ray puts the machine's own address in the place of any loopback address it is given, and listens on every
+    interface, unless this switch is off; its name speaks of other systems, its effect is on all. Ray reads it when it
+    is imported, so it is set both for this process and, in the environment, for those that Ray starts.
+    """
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
 
 
 def _start(folder: str) -> None:

@@ -8,6 +8,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from tailrace.settings import load_settings
+from tailrace.telemetry import configure_logging
 from tests import readme
 from tests.bench.decoding import bench_decoding
 from tests.bench.ranker import bench_ranker
@@ -27,6 +29,7 @@ BENCHES: Mapping[str, Callable[[Console], list[Row]]] = {
 @click.option("--only", type=click.Choice(list(BENCHES)), default=None, help="run one of them and write nothing")
 def main(only: str | None) -> None:
     """Measures, prints a table, and writes tests/bench/results.json and the README's table."""
+    configure_logging(load_settings(environ={}, log_level="error"))
     console = Console()
     rows: list[Row] = []
     for name, bench in BENCHES.items():

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from stream.broker import LocalKafka
 from stream.worker import StreamWorker
+from stream.worker_actor import relax_garbage_collection
 from tailrace.events import Click, encode
 from tailrace.ids import EventId, ItemId, UserId
 from tailrace.kafka_clients import create_topics, open_consumer, open_producer
@@ -97,6 +98,7 @@ def _fold(settings: Settings, folder: Path) -> float:
         kafka={"bootstrap_servers": settings.kafka.bootstrap_servers},
         store={"path": str(folder)},
     )
+    relax_garbage_collection()  # as every worker process does
     store = open_store(fresh)
     worker = StreamWorker(fresh, range(fresh.kafka.user_partitions), store)
     thread = threading.Thread(target=worker.run)
