@@ -1,7 +1,8 @@
 """A work-conserving batcher: one thread takes whatever waits, the moment it is free. No timer, no fixed size.
 
 Under light load a job runs alone at once; under heavy load batches grow by themselves up to `max_batch`. The queue
-is bounded: what does not fit is refused at once, and what has outlived its deadline is dropped before it costs work.
+is bounded: what does not fit is refused at once, and so is what could not be done by its deadline, going by how long
+jobs have taken of late. Without that, a queue that is too long makes every job late, and all the work is for nothing.
 """
 
 import threading
@@ -13,6 +14,8 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from tailrace.errors import Overloaded, TooLate
+
+_SMOOTHING = 0.2  # of the newest batch in what a job is expected to take
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -48,6 +51,8 @@ class Batcher(Generic[Job, Result]):
         self._max_batch = max_batch
         self._max_waiting = max_waiting
         self._clock = clock
+        self._job_s = 0.0  # what one job of a batch has taken of late, seconds
+        self._running = 0
         self._waiting: deque[_Waiting[Job, Result]] = deque()
         self._change = threading.Condition()
         self._stopped = False
@@ -60,7 +65,7 @@ class Batcher(Generic[Job, Result]):
         return len(self._waiting)
 
     def submit(self, job: Job, deadline: float) -> "Future[Result]":
-        """Returns the job's future. Raises Overloaded when the queue is full or the batcher has stopped.
+        """Returns the job's future. Raises Overloaded when the queue is full or too long, or the batcher has stopped.
 
         The future raises TooLate when `deadline` passed before the job was taken up.
         """
@@ -70,6 +75,9 @@ class Batcher(Generic[Job, Result]):
                 raise Overloaded(f"{self.name} has stopped")
             if len(self._waiting) >= self._max_waiting:
                 raise Overloaded(f"{self.name} already has {self._max_waiting} jobs waiting")
+            ahead = len(self._waiting) + self._running
+            if ahead and self._clock() + (ahead + 1) * self._job_s > deadline:
+                raise Overloaded(f"{self.name} has {ahead} jobs to do first, and the deadline is too near")
             self._waiting.append(waiting)
             self._change.notify()
         return waiting.future
@@ -110,11 +118,17 @@ class Batcher(Generic[Job, Result]):
 
     def _answer(self, live: list[_Waiting[Job, Result]]) -> None:
         self.batches += 1
+        self._running = len(live)
+        started = self._clock()
         try:
             results = self._run_batch([waiting.job for waiting in live])
         except Exception as error:
             for waiting in live:
                 waiting.future.set_exception(error)
             return
+        finally:
+            self._running = 0
+        taken_s = (self._clock() - started) / len(live)
+        self._job_s += _SMOOTHING * (taken_s - self._job_s) if self._job_s else taken_s
         for waiting, result in zip(live, results, strict=True):
             waiting.future.set_result(result)

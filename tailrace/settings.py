@@ -88,7 +88,7 @@ class RankerSettings(_Section, frozen=True, kw_only=True):
     max_queued_requests: Annotated[Positive, _doc("requests that may wait; more are answered 429")] = 64
     max_batch_requests: Annotated[Positive, _doc("requests scored in one pass of the model")] = 8
     num_cpus: Annotated[float, _doc("CPUs a replica reserves in Ray")] = 0.5
-    num_candidates: Annotated[Positive, _doc("candidates scored per request")] = 300
+    num_candidates: Annotated[Positive, _doc("candidates scored per request")] = 200
     deadline_s: Annotated[Seconds, _doc("after this the gateway answers from a lower rung")] = 0.5
     item_text_cache: Annotated[bool, _doc("keep item vectors and states of a version on disk")] = True
 

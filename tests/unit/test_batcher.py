@@ -86,6 +86,27 @@ def test_job_past_its_deadline_is_dropped_before_it_costs_work() -> None:
     batcher.stop()
 
 
+def test_job_that_cannot_be_done_by_its_deadline_is_refused_at_once_but_never_by_an_idle_batcher() -> None:
+    gate, clock = Gate(), FakeClock()
+
+    def run(jobs: list[int]) -> list[int]:
+        if jobs == [2]:
+            gate.wait()
+        clock.advance(10)
+        return double(jobs)
+
+    batcher = Batcher("test", run, max_batch=1, max_waiting=8, clock=clock)
+    assert batcher.submit(1, FAR).result(5) == 2  # a job takes 10 s, it has learnt
+    idle = batcher.submit(2, clock.now + 1)
+    assert gate.reached.wait(5)
+    with pytest.raises(Overloaded):
+        batcher.submit(3, clock.now + 15)
+    enough = batcher.submit(4, clock.now + 25)
+    gate.open()
+    assert [idle.result(5), enough.result(5)] == [4, 8]
+    batcher.stop()
+
+
 def test_cancelled_job_is_dropped() -> None:
     gate, seen = Gate(), []
 
