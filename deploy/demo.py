@@ -41,21 +41,21 @@ def main(duration_s: float, seed: int, settings_file: Path | None) -> None:
     """Runs the demo and prints what happened."""
     started = time.monotonic()
     console = Console()
-    settings = load_settings(settings_file)
-    logs = settings.path("logs")
-    logs.mkdir(parents=True, exist_ok=True)
 
     def tell(line: str) -> None:
         console.print(f"[dim]{time.monotonic() - started:6.1f} s[/]  {line}")
 
-    with (logs / "demo.log").open("a") as log_file:
-        configure_logging(settings, log_file)
-        try:
+    try:
+        settings = load_settings(settings_file)
+        logs = settings.path("logs")
+        logs.mkdir(parents=True, exist_ok=True)
+        with (logs / "demo.log").open("a") as log_file:
+            configure_logging(settings, log_file)
             with local_system(settings, tell) as running:
                 asyncio.run(_run_readers(running, duration_s, seed, console, tell))
                 tell("Stopping")
-        except TailraceError as error:
-            raise click.ClickException(f"{error}\nLogs are in {logs}") from error
+    except TailraceError as error:
+        raise click.ClickException(str(error)) from error
     tell("Stopped; run it again and it goes on from here")
 
 
@@ -71,7 +71,7 @@ async def _run_readers(
     url = f"http://{settings.gateway.host}:{settings.gateway.port}"
     async with httpx.AsyncClient(base_url=url, timeout=10.0) as client:
         # 2. The first recommendation.
-        await wait_until_ready(client)
+        await wait_until_ready(client, len(items))
         await _first_recommendation(client, tell)
         # 3. Readers come and go; a probe measures; a person watches.
         world = World(items, seed=seed)
@@ -117,18 +117,21 @@ def announce_books(producer: Any, settings: Settings) -> list[Item]:
     return items
 
 
-async def wait_until_ready(client: httpx.AsyncClient) -> None:
-    """Returns when `/readyz` says yes. Raises NotReady with its last answer after two minutes."""
+async def wait_until_ready(client: httpx.AsyncClient, num_items: int) -> None:
+    """Returns when `/readyz` says yes and every ranker knows `num_items` items. Raises NotReady after two minutes."""
     deadline = time.monotonic() + _READY_TIMEOUT_S
     answer = "nothing yet"
     while time.monotonic() < deadline:
         with contextlib.suppress(httpx.TransportError):
             response = await client.get("/readyz")
-            if response.status_code == 200:
-                return
             answer = response.text
+            if response.status_code == 200:
+                replicas = (await client.get("/v1/models")).json()["replicas"]
+                if replicas and all(replica["items"] >= num_items for replica in replicas):
+                    return
+                answer = f"{[replica['items'] for replica in replicas]} of {num_items} items are encoded"
         await asyncio.sleep(0.2)
-    raise NotReady(f"the services were not ready within {_READY_TIMEOUT_S:g} s; /readyz says: {answer}")
+    raise NotReady(f"the services were not ready within {_READY_TIMEOUT_S:g} s: {answer}")
 
 
 async def _first_recommendation(client: httpx.AsyncClient, tell: Callable[[str], None]) -> None:

@@ -15,7 +15,7 @@ import structlog
 from kafka.errors import KafkaError, KafkaTimeoutError, MessageSizeTooLargeError
 
 from tailrace.errors import BrokerUnavailable
-from tailrace.kafka_clients import open_producer
+from tailrace.kafka_clients import close_producer, open_producer
 from tailrace.settings import KafkaSettings
 from tailrace.topics import tailrace_topics
 
@@ -112,10 +112,10 @@ class EventLog:
         while producer is not None:
             delivery = self._take()
             if delivery is None:
-                producer.close(timeout=self._timeout_ms / 1000)
+                close_producer(producer, timeout_s=self._timeout_ms / 1000)
                 return
             if not self._send_all(producer, delivery):
-                producer.close(timeout=0)
+                close_producer(producer, timeout_s=0)
                 producer = self._connect()
         self._refuse_all()
 

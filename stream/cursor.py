@@ -98,8 +98,10 @@ class StreamCursor:
         return held.next_offset
 
     def hold(self, partition: int) -> None:
-        """Reads nothing more of the partition, until it is placed again."""
+        """Reads and commits nothing more of the partition, until it is placed again: it may be another worker's."""
         self._reading.discard(partition)
+        for place in self._places[partition]:
+            self._uncommitted.pop(place, None)
         self._assign()
 
     def _assign(self) -> None:
@@ -162,7 +164,8 @@ class StreamCursor:
     def _note_commit(self, offsets: dict[TopicPartition, OffsetAndMetadata], response: object) -> None:
         if isinstance(response, Exception):
             log.warning("offsets not committed yet; the store has them", error=str(response))
-            self._uncommitted = offsets | self._uncommitted
+            ours = {place: offset for place, offset in offsets.items() if place.partition in self._reading}
+            self._uncommitted = ours | self._uncommitted
 
     def close(self) -> None:
         """Commits what was saved, briefly waiting, and closes the consumer."""

@@ -1,7 +1,7 @@
 """The worker actors as the supervisor sees them: find, start, ask, stop. Knows Ray; decides nothing."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,17 @@ class Member:
     progress: Progress | None = None
     answered: bool = False
     pid: int | None = None
+
+    def work(self, lag: Mapping[int, int]) -> tuple[int, object]:
+        """Returns how many records it has yet to fold, and how far it has come: None where it does not answer.
+
+        Where partitions of its have been claimed by another, it is those that count: it never goes on with them.
+        """
+        lost = () if self.progress is None else self.progress.fenced
+        to_do = sum(lag[partition] for partition in lost or self.partitions)
+        if not self.answered or self.progress is None:
+            return to_do, None
+        return to_do, lost or self.progress.next_offsets
 
 
 class Fleet:

@@ -107,6 +107,9 @@ def format_storage(java: Path, class_path: str, data_dir: Path) -> None:
     cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
     tool = ["format", "--ignore-formatted", f"--cluster-id={cluster_id}", "--config=server.properties"]
     command = java_command(java, class_path, 128, "kafka.tools.StorageTool", *tool)
-    done = subprocess.run(command, cwd=data_dir, capture_output=True, text=True, timeout=120)
+    try:
+        done = subprocess.run(command, cwd=data_dir, capture_output=True, text=True, timeout=120)
+    except subprocess.TimeoutExpired as error:
+        raise BrokerUnavailable(f"Kafka did not format {data_dir} within {error.timeout:g} s") from error
     if done.returncode:
         raise BrokerUnavailable(f"Kafka could not format {data_dir}:\n{done.stdout}{done.stderr}".strip())

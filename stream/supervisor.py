@@ -48,8 +48,7 @@ def supervise(settings: Settings, *, stop: threading.Event, leave_running: bool 
                         _carry_out(plan, fleet, watch)
                 # 3. Who has work and makes no progress? While the broker is away, nobody can.
                 for number, member in list(fleet.members.items()):
-                    to_do = 0 if lag is None else sum(lag[partition] for partition in member.partitions)
-                    reached = None if not member.answered or member.progress is None else member.progress.next_offsets
+                    to_do, reached = member.work(dict.fromkeys(member.partitions, 0) if lag is None else lag)
                     if watch.has_stalled(number, to_do, reached, time.monotonic()):
                         log.error("worker stalled; replaced", worker=number, lag=to_do, answers=member.answered)
                         watch.forget([number])

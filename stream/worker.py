@@ -9,7 +9,7 @@ import gc
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +28,7 @@ from tailrace.counters import CounterTable
 from tailrace.errors import BrokerUnavailable, Fenced, InvalidRecord, StoreError
 from tailrace.events import DeadLetter, UserEvent
 from tailrace.fold import Stream
-from tailrace.kafka_clients import open_producer
+from tailrace.kafka_clients import close_producer, open_producer
 from tailrace.settings import Settings, load_settings
 from tailrace.stores import open_store
 from tailrace.stores.store import Offset, Store
@@ -184,13 +184,16 @@ class StreamWorker:
         return min(self._settings.stream.poll_timeout_s, self._settings.stream.stats_interval_s)
 
     def _publish_stats(self) -> None:
+        self._check_claims(self._stats.partitions_due(time.monotonic()))
+        self._meter.stats_published += self._stats.publish(self._tables())
+
+    def _check_claims(self, numbers: Iterable[int]) -> None:
         # A claim that was lost while we slept must not overwrite the new owner's counters: ask before sending.
-        for number in self._stats.partitions_due(time.monotonic()):
+        for number in numbers:
             try:
                 self._partitions[number].check_claim()
             except StoreError as error:
                 self._throw_away(number, error)
-        self._meter.stats_published += self._stats.publish(self._tables())
 
     # When something fails.
 
@@ -253,7 +256,7 @@ class StreamWorker:
         producer = self._connect(lambda: open_producer(self._settings.kafka, linger_ms=2, max_block_ms=5000))
         if producer is None:
             return
-        closing.callback(producer.close, timeout=5)
+        closing.callback(close_producer, producer, timeout_s=5)
         self._producer = producer
         cursor = self._connect(lambda: StreamCursor(self._settings, tuple(self._partitions)))
         if cursor is None:
@@ -276,6 +279,7 @@ class StreamWorker:
         return None
 
     def _publish_the_rest(self) -> None:
+        self._check_claims(self._partitions.keys() - self._unloaded.keys())
         try:
             self._stats.drain(self._tables(), _ACK_TIMEOUT_S)
         except KafkaError as error:

@@ -19,6 +19,7 @@ from tailrace.cli_session import Session, as_json
 from tailrace.errors import BrokerUnavailable, TailraceError
 from tailrace.kafka_clients import create_topics
 from tailrace.schemas import PUBLIC_TYPES, json_schemas
+from tailrace.settings import without_secrets
 from tailrace.status import load_status
 from tailrace.terminal import print_json, show_settings, show_status, show_topics
 from tailrace.topics import tailrace_topics
@@ -70,12 +71,12 @@ def schemas(names: tuple[str, ...]) -> None:
 @as_json
 @click.pass_obj
 def settings(session: Session, check: bool, as_json: bool) -> None:
-    """Print every setting, its value here and what it is."""
+    """Print every setting, its value here and its default. Passwords are not shown."""
     found = session.settings
     if check:
         click.echo("settings are good")
     elif as_json:
-        print_json(found)
+        print_json(without_secrets(found))
     else:
         show_settings(found)
 

@@ -135,7 +135,7 @@ def _fold_click(click: Click, at_ms: int, profile: Profile, counters: CounterTab
     of_item = counters.touch(item_id)
     if action in NEGATIVE_ACTIONS:
         apply_count(of_item, "skipped", at_ms)
-        apply_seen(strand, item_id, at_ms)
+        apply_seen(strand, item_id, at_ms, times=0)  # who clicks after all is one of the item's users from then on
         return
     apply_item_touch(of_item, at_ms)
     apply_count(of_item, "clicked", at_ms)

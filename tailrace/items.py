@@ -40,8 +40,9 @@ class Item(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def topics_of_interest(self) -> list[str]:
-        """What a touch of this item says about a user: its tags and its entities, as interest keys."""
-        return [f"tag:{tag}" for tag in self.tags] + [f"{fact.relation}:{fact.entity}" for fact in self.facts]
+        """What a touch of this item says about a user: its tags and its entities, as interest keys, each once."""
+        keys = [f"tag:{tag}" for tag in self.tags] + [f"{fact.relation}:{fact.entity}" for fact in self.facts]
+        return list(dict.fromkeys(keys))
 
 
 _decoder = msgspec.json.Decoder(Item)

@@ -1,6 +1,5 @@
 """Kafka clients, made one way: settings in, connected client out. Nothing here connects at import."""
 
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -10,7 +9,7 @@ from kafka.admin import KafkaAdminClient, NewTopic, OffsetSpec
 from kafka.errors import KafkaError, KafkaTimeoutError, TopicAlreadyExistsError
 from kafka.partitioner import murmur2
 
-from tailrace.errors import BrokerUnavailable, TopicMismatch
+from tailrace.errors import BrokerUnavailable, SettingsError, TopicMismatch
 from tailrace.settings import KafkaSettings
 from tailrace.topics import USER_STREAMS, tailrace_topics
 
@@ -56,6 +55,9 @@ def _connect(client: Any, kafka: KafkaSettings, **options: Any) -> Any:
         raise BrokerUnavailable(
             "no Kafka: set `kafka.bootstrap_servers`, or run `tailrace broker` to bring one up on this machine"
         )
+    # kafka-python would say the values of those it does not know, too: a password under a misspelled name.
+    if unknown := kafka.security.keys() - client.DEFAULT_CONFIG.keys():
+        raise SettingsError(f"kafka.security: kafka-python knows no {', '.join(sorted(unknown))}")
     try:
         return client(
             bootstrap_servers=kafka.bootstrap_servers.split(","),
@@ -115,16 +117,3 @@ def stream_lag(admin: Any, kafka: KafkaSettings, group: str) -> dict[tuple[str, 
         (names[partition.topic], partition.partition): ends[partition].offset - max(done[partition].offset, 0)
         for partition in partitions
     }
-
-
-def wait_for_kafka(kafka: KafkaSettings, timeout_s: float) -> None:
-    """Returns when Kafka answers. Raises BrokerUnavailable after `timeout_s`."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            open_admin(kafka).close()
-            return
-        except BrokerUnavailable:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.2)

@@ -38,7 +38,7 @@ class Strand(msgspec.Struct, array_like=True):
     """What one stream has told about a user, folded in that stream's order."""
 
     event_ids: list[EventId] = []
-    seen: dict[ItemId, tuple[int, int]] = {}  # item: (last time, times)
+    seen: dict[ItemId, tuple[int, int]] = {}  # item: (last time, times), a skip or a hide being no time
     interests: dict[str, tuple[int, float]] = {}  # tag or entity: (held at, decayed weight)
     last_items: list[ItemId] = []
     counts: dict[str, int] = {}
@@ -114,17 +114,18 @@ def apply_touch(profile: Profile, touch: Touch) -> None:
         del recent[0]
 
 
-def apply_seen(strand: Strand, item_id: ItemId, at_ms: int) -> bool:
-    """Returns whether this is the strand's first touch of the item, and notes it.
+def apply_seen(strand: Strand, item_id: ItemId, at_ms: int, *, times: int = 1) -> bool:
+    """Returns whether this is the strand's first touch of the item that counts, and notes it.
 
-    Of more than 512 items the oldest eighth is forgotten; such an item counts as new again.
+    With `times` 0 the item is seen from now on, but its first touch is still to come. Of more than 512 items the
+    oldest eighth is forgotten; such an item counts as new again.
     """
-    held = strand.seen.get(item_id)
-    strand.seen[item_id] = (at_ms, 1) if held is None else (max(at_ms, held[0]), held[1] + 1)
+    held_ms, before = strand.seen.get(item_id, (at_ms, 0))
+    strand.seen[item_id] = (max(at_ms, held_ms), before + times)
     if len(strand.seen) > MAX_SEEN:
         newest = sorted(strand.seen, key=lambda item: (strand.seen[item][0], item))[MAX_SEEN // 8 :]
         strand.seen = {item: strand.seen[item] for item in sorted(newest)}
-    return held is None
+    return before == 0 and times > 0
 
 
 def apply_interest(strand: Strand, keys: list[str], at_ms: int, weight: float) -> None:

@@ -5,6 +5,7 @@ Order of authority: `TAILRACE_<SECTION>__<KEY>` in the environment, then the TOM
 """
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +25,8 @@ Port = Annotated[int, Meta(ge=0, le=65_535)]
 Positive = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(gt=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
+
+_STARS = "***"
 
 
 class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -172,10 +175,13 @@ def _from_environ(environ: Mapping[str, str]) -> dict[str, Any]:
         if not name.startswith("TAILRACE_"):
             continue
         *sections, key = name.removeprefix("TAILRACE_").lower().split("__")
-        place = found
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[key] = msgspec.json.decode(value) if value.startswith("{") else value
+        try:
+            read = msgspec.json.decode(value) if value.startswith("{") else value
+        except msgspec.DecodeError as error:
+            raise SettingsError(f"{name}: {error}") from error
+        for step in (key, *reversed(sections)):
+            read = {step: read}
+        _merge(found, read)
     return found
 
 
@@ -185,6 +191,16 @@ def _merge(into: dict[str, Any], other: Mapping[str, Any]) -> None:
             _merge(into[key], value)
         else:
             into[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def without_secrets(settings: Settings) -> dict[str, Any]:
+    """Returns the settings as plain values to be shown: passwords are stars, and so is what a URL says of its user."""
+    found: dict[str, Any] = msgspec.to_builtins(settings)
+    security = found["kafka"]["security"]
+    found["kafka"]["security"] = {name: _STARS if "password" in name else value for name, value in security.items()}
+    for section in ("store", "registry"):
+        found[section]["url"] = re.sub(r"(?<=://)[^/]*(?=@)", _STARS, found[section]["url"])
+    return found
 
 
 def settings_table() -> str:

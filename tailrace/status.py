@@ -6,7 +6,7 @@ import msgspec
 from kafka import TopicPartition
 from kafka.errors import KafkaError
 
-from tailrace.errors import BrokerUnavailable
+from tailrace.errors import BrokerUnavailable, SettingsError
 from tailrace.kafka_clients import open_consumer
 from tailrace.registry import Pointer, open_registry
 from tailrace.settings import KafkaSettings, Settings
@@ -43,6 +43,8 @@ class Status(msgspec.Struct, frozen=True):
 
 def load_status(settings: Settings) -> Status:
     """Returns the status. Raises BrokerUnavailable, StoreError, or SettingsError for a store others cannot see."""
+    if settings.store.kind == "memory":
+        raise SettingsError("`store.kind` is memory: what a worker holds there, no other process can see")
     spans = load_spans(settings.kafka)
     partitions = []
     with closing(open_store(settings, read_only=True)) as store:

@@ -1,7 +1,6 @@
 """Reads a compacted topic whole, then follows it: how a process keeps a table of items, counters or models."""
 
 import threading
-import time
 from collections.abc import Callable
 
 import structlog
@@ -67,7 +66,8 @@ class TableReader:
 
     def _follow(self) -> None:
         # 1. Own every partition, from the first record not yet applied.
-        consumer = open_consumer(self._kafka, fetch_max_wait_ms=100)
+        #    Where the topic has been created anew since, that is its start.
+        consumer = open_consumer(self._kafka, fetch_max_wait_ms=100, auto_offset_reset="earliest")
         try:
             partitions = [TopicPartition(self._topic.name, index) for index in range(self._topic.partitions)]
             consumer.assign(partitions)
@@ -98,10 +98,3 @@ class TableReader:
         except (InvalidRecord, UnicodeDecodeError) as error:
             self.rejected += 1
             log.warning("table record refused", role=self.role, offset=offset, error=str(error))
-
-
-def wait_for_tables(readers: list[TableReader], timeout_s: float) -> None:
-    """Returns once every reader has caught up. Raises NotReady naming the first that has not."""
-    deadline = time.monotonic() + timeout_s
-    for reader in readers:
-        reader.wait(max(deadline - time.monotonic(), 0.0))

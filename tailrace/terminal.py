@@ -11,7 +11,7 @@ from rich.table import Table
 
 from tailrace.bundle import Manifest
 from tailrace.registry import Pointer
-from tailrace.settings import Settings
+from tailrace.settings import Settings, without_secrets
 from tailrace.status import Status
 from tailrace.topics import Topic
 
@@ -22,10 +22,10 @@ def print_json(value: Any) -> None:
 
 
 def show_settings(settings: Settings) -> None:
-    """Prints every setting, with its default where it differs."""
+    """Prints every setting but the secrets, with its default where it differs."""
     table = _table("setting", "value", "default")
     defaults = dict(_flat(msgspec.to_builtins(Settings())))
-    for name, value in _flat(msgspec.to_builtins(settings)):
+    for name, value in _flat(without_secrets(settings)):
         default = defaults.get(name)
         table.add_row(name, _short(value), "" if value == default else _short(default))
     _print(table)

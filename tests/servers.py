@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import signal
 import socket
 import subprocess
 import time
@@ -27,6 +28,11 @@ def free_port() -> int:
             except OSError:
                 continue
             return port
+
+
+def hear_interrupts() -> None:
+    """For `preexec_fn`: a child hears SIGINT although whoever runs the tests, in the background, may not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def bench_system(console: Console) -> list[Row]:
 
 async def _measure(url: str, item_ids: list[ItemId], send: Any) -> list[Row]:
     async with httpx.AsyncClient(base_url=url, timeout=10.0) as client:
-        await wait_until_ready(client)
+        await wait_until_ready(client, len(item_ids))
         await _warm_up(client)
         rows = await _click_to_visible(client, item_ids, send)
         for rate in _RATES:

@@ -1,4 +1,4 @@
-"""The whole service, once for all tests here: Kafka, a stream worker, real bundles, Ray Serve over HTTP."""
+"""The whole service, once for the tests of this package, since a process has one Ray at a time."""
 
 import sys
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from training.export import build_version_zero
 NUM_BOOKS = 200
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def scene(kafka: LocalKafka, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     """A service that is ready, on the version `v1`; `v2` is published but not promoted."""
     folder = tmp_path_factory.mktemp("service")

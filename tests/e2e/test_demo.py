@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.servers import free_port
 
-_MARK = "TAILRACE_TEST_RUN"
+_MARK = "DEMO_TEST_RUN"
 
 
 def processes_of(run: str) -> list[str]:

@@ -28,6 +28,7 @@ from tailrace.settings import KafkaSettings, load_settings
 from tailrace.stores import open_store
 from tailrace.stores.store import Batch, Offset
 from tailrace.topics import tailrace_topics
+from tests.servers import hear_interrupts
 
 PARTITIONS = 3
 ACTIONS = ["view", "click", "like"]
@@ -179,7 +180,12 @@ def test_ctrl_c_in_a_replay_keeps_what_was_acknowledged_and_says_how_much(place:
     clicks = make_clicks(tmp_path / "clicks.jsonl", 1000)
     command = [sys.executable, "-m", "tailrace.cli", "replay", "jsonl", str(clicks), "--speed", "20"]
     with subprocess.Popen(
-        command, env=os.environ | place.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        env=os.environ | place.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hear_interrupts,
     ) as process:
         create_topics(place.kafka)
         deadline = time.monotonic() + 30

@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from tailrace.cli import main
 from tailrace.ids import ModelVersion
 from tailrace.registry import Registry
+from tests.servers import hear_interrupts
 
 CARD = {
     "base_model": "tiny",
@@ -203,7 +204,9 @@ def test_ctrl_c_is_exit_code_130_without_a_traceback(tmp_path: Path) -> None:
     os.mkfifo(fifo)  # the import waits for its first line
     command = [sys.executable, "-m", "tailrace.cli", "import", "jsonl", str(fifo)]
     with (
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts
+        ) as process,
         fifo.open("w"),
     ):
         process.send_signal(signal.SIGINT)  # the import has opened its end: it is waiting for a line
