@@ -110,7 +110,8 @@ class Ranked(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A candidate as it was ranked: exactly what the model saw of it, and what came out.
 
     `features` is base64 of little-endian float32, in the order of the impression's `feature_names_hash`.
-    `propensity` is the probability with which the logging policy put this item at this position.
+    `propensity` is the probability with which the logging policy put this item at this position, given the items at
+    the positions before it: the chance of a whole slate is the product over its positions.
     """
 
     item_id: ItemIdField
@@ -201,6 +202,8 @@ EVENT_TYPES: Mapping[str, type[UserEvent]] = {
 Record = TypeVar("Record")
 
 _encoder = msgspec.json.Encoder()
+# What msgspec finds of a whole object, and what a struct's own checks say, which begin with the name of the field.
+_NAMED = re.compile(r"^(?:Object (?:missing required|contains unknown) field `(?P<found>[^`]+)`$|(?P<own>[a-z]\w*) )")
 _AT = re.compile(r"^(?P<reason>.*) - at `(?P<field>\$[^`]*)`$", re.DOTALL)
 
 
@@ -219,7 +222,9 @@ def decode(decoder: msgspec.json.Decoder[Record], value: bytes) -> Record:
 def invalid_record(error: msgspec.ValidationError) -> InvalidRecord:
     """Returns the InvalidRecord that says what msgspec found, with the field as a JSON path."""
     found = _AT.match(str(error))
-    return InvalidRecord(found["reason"], field=found["field"]) if found else InvalidRecord(str(error))
+    reason, field = (found["reason"], found["field"]) if found else (str(error), "$")
+    named = _NAMED.match(reason)
+    return InvalidRecord(reason, field=f"{field}.{named['found'] or named['own']}" if named else field)
 
 
 def encode(record: msgspec.Struct) -> bytes:

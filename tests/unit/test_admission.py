@@ -44,7 +44,7 @@ BAD = {
     "cut short": (record(click()[:20]), "$"),
     "not UTF-8": (record(b'{"event_id":"\xff"}'), "$"),
     "nested too deeply": (record(b'{"event_id":"e","x":' + b"[" * 100_000), "$"),
-    "no event id": (record(click(event_id=...)), "$"),
+    "no event id": (record(click(event_id=...)), "$.event_id"),
     "empty item id": (record(click(item_id="")), "$.item_id"),
     "unknown action": (record(click(action="stare")), "$.action"),
     "no time zone": (record(click(occurred_at="2026-01-01T00:00:00")), "$.occurred_at"),

@@ -127,7 +127,7 @@ def test_a_field_nested_without_end_is_refused() -> None:
         ("contexts", written("Context", attributes={"a": {}}), "$.attributes[...]"),
         ("contexts", written("Context", attributes={"a": "x" * 257}), "$.attributes[...]"),
         ("contexts", written("Context", attributes={str(index): 1 for index in range(33)}), "$.attributes"),
-        ("impressions", written("Impression", shown=[{}]), "$.shown[0]"),
+        ("impressions", written("Impression", shown=[{}]), "$.shown[0].item_id"),
         ("impressions", written("Impression", shown="all"), "$.shown"),
     ],
 )
@@ -171,7 +171,7 @@ def test_a_rating_is_read_as_a_share_of_its_scale(value: float, share: float) ->
         ({"title": "x" * 1001}, "$.title"),
         ({"tags": ["x"] * 65}, "$.tags"),
         ({"tags": "mystery"}, "$.tags"),
-        ({"facts": [{"relation": "author"}]}, "$.facts[0]"),
+        ({"facts": [{"relation": "author"}]}, "$.facts[0].entity"),
         ({"description": "x" * 20_001}, "$.description"),
         ({"image_vector": ["a"]}, "$.image_vector[0]"),
         ({"created_at": "2026-02-27T09:00:00"}, "$.created_at"),
