@@ -7,7 +7,8 @@ from msgspec import Meta
 
 from services.candidates import Filters
 from services.problem import Problem
-from tailrace.events import Scalar, ShortText, invalid_record
+from tailrace.errors import InvalidRecord
+from tailrace.events import ShortScalar, ShortText, invalid_record
 from tailrace.ids import ItemId, ItemIdField, ModelVersion, RequestId, UserIdField
 
 Degraded = Literal["none", "no_text", "no_profile", "popular"]
@@ -23,7 +24,7 @@ class RequestContext(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     region: ShortText | None = None
     place: ShortText | None = None
     session_id: ShortText | None = None
-    attributes: Annotated[dict[ShortText, Scalar], Meta(max_length=32)] = {}
+    attributes: Annotated[dict[ShortText, ShortScalar], Meta(max_length=32)] = {}
 
 
 class RecommendationRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -32,21 +33,20 @@ class RecommendationRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_un
     user_id: UserIdField
     n: Annotated[int, Meta(ge=1, le=100, description="how many items")] = 10
     context: RequestContext | None = None
-    query: Annotated[str | None, Meta(description="what the user is looking for, in words")] = None
+    query: Annotated[
+        Annotated[str, Meta(max_length=1000)] | None, Meta(description="what the user is looking for, in words")
+    ] = None
     candidates: Annotated[
-        list[ItemIdField] | None, Meta(description="rank these instead of the catalogue; unknown ones are left out")
+        Annotated[list[ItemIdField], Meta(min_length=1, max_length=1000)] | None,
+        Meta(description="rank these instead of the catalogue; those unknown, seen, hidden or filtered are left out"),
     ] = None
     filters: Filters = Filters()
     exclude: Annotated[list[ItemIdField], Meta(max_length=2000, description="never these items")] = []
     explain: Annotated[bool, Meta(description="add reasons and timings")] = False
     dry_run: Annotated[bool, Meta(description="log no impression; use for tests and previews")] = False
-    include_seen: Annotated[bool, Meta(description="also items the user has already touched")] = False
-
-    def __post_init__(self) -> None:
-        if self.query is not None and len(self.query) > 1000:
-            raise ValueError("query is longer than 1000 characters")
-        if self.candidates is not None and not 1 <= len(self.candidates) <= 1000:
-            raise ValueError("candidates must name 1 to 1000 items, or be left out")
+    include_seen: Annotated[
+        bool, Meta(description="also items the user has already touched, though never those they have hidden")
+    ] = False
 
 
 class RecommendedItem(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -75,13 +75,17 @@ class RecommendationAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defau
 
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What the gateway asks a ranker replica. `budget_s` is the time left; `profile` is as stored."""
+    """What the gateway asks a ranker replica. `budget_s` is the time left; `profile` is as stored.
+
+    `profile_missing` says that the store could not be read, so that None does not mean a new user.
+    """
 
     request_id: RequestId
     request: RecommendationRequest
     profile: bytes | None
     now_ms: int
     budget_s: float
+    profile_missing: bool = False
 
 
 class RankedAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -121,6 +125,8 @@ def decode_body(decoder: msgspec.json.Decoder[Body], body: bytes) -> Body:
         raise invalid_record(error) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise Problem(400, "not-json", f"the body is not JSON: {error}") from error
+    except RecursionError as error:
+        raise InvalidRecord("nested too deeply") from error
 
 
 def schemas_of(*types: Any) -> dict[str, Any]:

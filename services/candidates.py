@@ -9,10 +9,11 @@ Shapes: R rows of the catalogue, N candidates, D vector size.
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
+from msgspec import Meta
 from numpy.typing import NDArray
 
 from tailrace.catalogue import Catalogue, Flags, Rows
@@ -38,6 +39,7 @@ _SHARES: Mapping[Source, float] = {
 }
 _TOP_INTERESTS = 12
 _TREND_HALF_LIVES = (1, 2, 3, 4)  # 1 h, 6 h, 24 h, 7 d
+_FEW = Meta(max_length=64)  # conditions of one kind: each is a pass over the catalogue
 
 
 class Range(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -56,11 +58,11 @@ class Filters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ['gothic']
     """
 
-    tags_any: list[ShortText] = []
-    tags_all: list[ShortText] = []
-    tags_none: list[ShortText] = []
-    facts: list[Fact] = []
-    attributes: dict[ShortText, Scalar | Range] = {}
+    tags_any: Annotated[list[ShortText], _FEW] = []
+    tags_all: Annotated[list[ShortText], _FEW] = []
+    tags_none: Annotated[list[ShortText], _FEW] = []
+    facts: Annotated[list[Fact], _FEW] = []
+    attributes: Annotated[dict[ShortText, Scalar | Range], _FEW] = {}
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,11 @@ def build_pool(catalogue: Catalogue, vectors_RD: Vector, request: PoolRequest, r
     # 4. Quotas first, then the rest in turn; whoever names an item first is its source.
     named = _merge(offers, request.num_candidates)
     return Candidates(np.array(list(named), dtype=np.int64), list(named.values()), removed, empty)
+
+
+def allowed_rows(catalogue: Catalogue, request: PoolRequest) -> Rows:
+    """Returns int64, ascending: every row that filters, exclusions and what the user has seen leave."""
+    return np.flatnonzero(_allowed(catalogue, request)[0])
 
 
 def nearest(vectors_RD: Vector, wanted_D: Vector, allowed_R: Flags, limit: int) -> Rows:

@@ -46,7 +46,7 @@ class ItemEncodings:
         self.texts: list[str | None] = []
         self._none: Floats = np.zeros((0, vector_size), dtype=np.float32)
         self._cache_file = cache_file
-        self._cached_at, self._cached = _load_cache(cache_file)
+        self._cached_at, self._cached = _load_cache(cache_file, vector_size)
         self._unsaved = 0
         self._version = 0
         self._pending: dict[int, None] = {}
@@ -167,12 +167,14 @@ class ItemEncodings:
         return held
 
 
-def _load_cache(file: Path | None) -> tuple[dict[bytes, int], Arrays | None]:
+def _load_cache(file: Path | None, vector_size: int) -> tuple[dict[bytes, int], Arrays | None]:
     if file is None or not file.exists():
         return {}, None
     try:
         with np.load(file, allow_pickle=False) as held:
             arrays = (held["states"], held["mask"], held["vectors"])
+            if len({len(array) for array in (*arrays, held["digests"])}) != 1 or arrays[2].shape[1:] != (vector_size,):
+                raise ValueError("the arrays do not fit together")
             return {digest.tobytes(): place for place, digest in enumerate(held["digests"])}, arrays
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         log.warning("item encodings on disk are unusable; encoding anew", error=str(error))

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import msgspec
 from kafka.errors import MessageSizeTooLargeError
 
+from services.bodies import decode_body
 from services.event_log import EventLog, Outgoing
 from services.problem import Problem
 from tailrace.errors import InvalidRecord
@@ -19,6 +20,8 @@ POSTED: dict[str, tuple[type[Event], str]] = {
     "rating": (Rating, "ratings"),
     "context": (Context, "contexts"),
 }
+
+_posted_decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder()
 
 
 class VerdictError(msgspec.Struct, frozen=True):
@@ -55,15 +58,12 @@ class IntakeAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def decode_posted(body: bytes, max_events: int) -> list[Any]:
-    """Returns the posted records, still unjudged. Raises Problem when the body as a whole is not usable."""
-    try:
-        posted = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise Problem(400, "not-json", f"the body is not JSON: {error}") from error
+    """Returns the posted records, still unjudged. Raises Problem or InvalidRecord when the body is of no use at all."""
+    posted = decode_body(_posted_decoder, body)
     if isinstance(posted, dict):
         return [posted]
     if not isinstance(posted, list):
-        raise Problem(422, "invalid", "the body must be one event or an array of events")
+        raise InvalidRecord("the body must be one event or an array of events")
     if len(posted) > max_events:
         raise Problem(413, "too-many-events", f"{len(posted)} events in one call; the most is {max_events}")
     return posted

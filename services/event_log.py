@@ -166,6 +166,9 @@ class EventLog:
         """Sends the records, in order, and returns whether the producer is still of use."""
         usable = True
         for index, record in enumerate(delivery.records):
+            if delivery.abandoned:  # each send may wait for the broker
+                self._settle(delivery, index, BrokerUnavailable("given up before it could be sent"))
+                continue
             try:
                 future = producer.send(
                     self._topics[record.role], record.value, record.key.encode(), timestamp_ms=record.timestamp_ms

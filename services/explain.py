@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tailrace.catalogue import Catalogue, Rows
-from tailrace.features import FEATURE_NAMES, PRIOR_WEIGHTS, Floats
+from tailrace.cosines import Floats
+from tailrace.features import FEATURE_NAMES, PRIOR_WEIGHTS
 from tailrace.ids import ItemId
 from tailrace.items import Item
 from tailrace.profile import Profile
@@ -22,6 +23,7 @@ from tailrace.text import clean, item_words
 MAX_REASONS = 3
 
 _NEAR = 0.45  # cosine from which two items count as alike
+_STANDS_OUT = 0.9  # rank within the pool from which a number counts as high
 _MATCH = 0.3  # cosine from which an item counts as matching a query
 _FEATURE = {name: index for index, name in enumerate(FEATURE_NAMES)}
 _READ_AS = {"loved": "loved", "liked": "liked", "fine": "looked at"}
@@ -55,7 +57,7 @@ def gather_evidence(
 ) -> list[Evidence | None]:
     """Returns the evidence for each item of a slate, None for one that has just been removed.
 
-    `recent` and the rows of `recent_RD` go together (`features.history_items`, those that have a vector); vectors
+    `recent` and the rows of `recent_RD` go together (`cosines.history_items`, those that have a vector); vectors
     are of unit length. [N] and [N, ...] arguments are of the slate, in its order.
     """
     words = item_words(profile)
@@ -66,7 +68,9 @@ def gather_evidence(
         if item is None:
             found.append(None)
             continue
-        nearest = None if near_NR is None else int(np.argmax(near_NR[index]))
+        itself_R = [other == item.item_id for other in recent]
+        near_R = None if near_NR is None else np.where(itself_R, -1.0, near_NR[index])
+        nearest = None if near_R is None else int(np.argmax(near_R))
         together = _most_together(item.item_id, covisited)
         found.append(
             Evidence(
@@ -76,7 +80,7 @@ def gather_evidence(
                 explored=explored_N[index],
                 near_title="" if nearest is None else _title(catalogue, recent[nearest]),
                 near_word="liked" if nearest is None else words.get(recent[nearest], "liked"),
-                near_cosine=0.0 if near_NR is None else float(near_NR[index].max()),
+                near_cosine=0.0 if near_R is None else float(near_R.max()),
                 covisit_title="" if together is None else _title(catalogue, together),
             )
         )
@@ -157,13 +161,15 @@ def _covisit_reasons(evidence: Evidence) -> list[tuple[float, str]]:
 
 
 def _popular_reasons(evidence: Evidence) -> list[tuple[float, str]]:
-    for half_life, rank, words in (("1h", 0.9, "hour"), ("24h", 0.9, "day")):
+    # A decayed sum may be large of what happened long ago: the last touches tell whether it was within the window.
+    minutes = np.expm1(_value(evidence, "log_since_touch_2"))
+    for half_life, window_min, words in (("1h", 60, "hour"), ("24h", 24 * 60, "day")):
         users = np.expm1(_value(evidence, f"log_users_{half_life}"))
-        if users >= 2 and _value(evidence, f"rank_log_users_{half_life}") >= rank:
+        if users >= 2 and minutes <= window_min and _value(evidence, f"rank_log_users_{half_life}") >= _STANDS_OUT:
             return [(0.5 * float(np.log1p(users)), f"popular in the last {words}")]
     return []
 
 
 def _new_reasons(evidence: Evidence) -> list[tuple[float, str]]:
     hours = np.expm1(_value(evidence, "log_age"))
-    return [(0.3, "new")] if hours < 7 * 24 and _value(evidence, "rank_newness") >= 0.9 else []
+    return [(0.3, "new")] if hours < 7 * 24 and _value(evidence, "rank_newness") >= _STANDS_OUT else []

@@ -96,7 +96,7 @@ def build_api(parts: GatewayParts) -> FastAPI:
 
     @api.get("/v1/users/{user_id:path}/profile")
     async def get_profile(user_id: str) -> Response:
-        stored = await parts.profiles.load(UserId(user_id), _ASIDE_TIMEOUT_S)
+        stored = await parts.profiles.load(_require_user_id(user_id), _ASIDE_TIMEOUT_S)
         profile = None if stored is None else decode_profile(stored)
         if profile is None or profile.events == 0:
             raise Problem(404, "unknown-user", f"nothing is known of user {user_id!r}")
@@ -104,11 +104,10 @@ def build_api(parts: GatewayParts) -> FastAPI:
 
     @api.delete("/v1/users/{user_id:path}/profile")
     async def delete_profile(user_id: str) -> Response:
-        if not 1 <= len(user_id) <= 256:
-            raise InvalidRecord("must have 1 to 256 characters", field="path.user_id")
+        key = _require_user_id(user_id)
         # One erasure in each stream, all of the same moment: see `fold.fold_erasure`.
         at_ms = parts.now_ms()
-        delivery = parts.event_log.append([Outgoing(stream, user_id, None, at_ms) for stream in USER_STREAMS])
+        delivery = parts.event_log.append([Outgoing(stream, key, None, at_ms) for stream in USER_STREAMS])
         await asyncio.wait([asyncio.wrap_future(delivery.finished)], timeout=settings.ack_timeout_s)
         delivery.abandon()
         if any(outcome is not True for outcome in delivery.outcomes):
@@ -122,7 +121,7 @@ def build_api(parts: GatewayParts) -> FastAPI:
         try:
             items, degraded = await parts.ranker.similar(ItemId(item_id), n, _ASIDE_TIMEOUT_S), "none"
         except (NotReady, Overloaded, TooLate):
-            items, degraded = similar_by_topics(parts.catalogue, ItemId(item_id), n), "no_text"
+            items, degraded = await asyncio.to_thread(similar_by_topics, parts.catalogue, ItemId(item_id), n), "no_text"
         return json_response(SimilarPage(item_id=ItemId(item_id), degraded=degraded, items=items))
 
     @api.get("/v1/items/{item_id:path}")
@@ -135,9 +134,10 @@ def build_api(parts: GatewayParts) -> FastAPI:
     @api.get("/v1/models")
     async def get_models() -> Response:
         try:
-            pointer = await asyncio.to_thread(parts.registry.pointer)
-        except (BundleError, OSError) as error:
-            raise Problem(503, "registry-unavailable", str(error), retry_after_s=5.0) from error
+            pointer = await asyncio.wait_for(asyncio.to_thread(parts.registry.pointer), _ASIDE_TIMEOUT_S)
+        except (BundleError, OSError) as error:  # a TimeoutError is an OSError
+            why = str(error) or f"the registry did not answer within {_ASIDE_TIMEOUT_S:g} s"
+            raise Problem(503, "registry-unavailable", why, retry_after_s=5.0) from error
         try:
             replicas = await parts.ranker.statuses(_ASIDE_TIMEOUT_S)
         except (NotReady, Overloaded, TooLate):
@@ -176,6 +176,12 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
         if len(body) > max_bytes:
             raise too_large
     return bytes(body)
+
+
+def _require_user_id(user_id: str) -> UserId:
+    if not 1 <= len(user_id) <= 256:
+        raise InvalidRecord("must have 1 to 256 characters", field="path.user_id")
+    return UserId(user_id)
 
 
 def json_response(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

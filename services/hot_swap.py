@@ -8,7 +8,8 @@ One reference points at the model that serves. A swap loads the next one aside, 
 4. Warm it up on recent requests.
 5. Flip. Requests in flight finish on the old model, which then ends.
 
-A bundle that fails in 1 to 4 changes nothing: the old model serves on, and status and log say why.
+A bundle that fails in 1 to 4 changes nothing: the old model serves on, and status and log say why. It is tried again
+when it is announced again, and at every look at the pointer as long as there is no old model.
 """
 
 import threading
@@ -149,15 +150,15 @@ class ModelSlot:
             try:
                 pointer = self._registry.pointer()
                 wanted = None if pointer is None else pointer.champion
-                if wanted is not None and wanted not in self._refused and not self._serves(wanted):
+                if wanted is not None and self._wants(wanted):
                     self._swap(wanted)
             except (BundleError, OSError) as error:
                 log.error("the registry's pointer cannot be read", error=str(error))
             self._settled.set()
             self._look.wait(_POINTER_INTERVAL_S)
 
-    def _serves(self, version: ModelVersion) -> bool:
-        return self._model is not None and self._model.version == version
+    def _wants(self, version: ModelVersion) -> bool:
+        return self._model is None or (self._model.version != version and version not in self._refused)
 
     def _swap(self, version: ModelVersion) -> None:
         started, model = time.monotonic(), None
@@ -185,6 +186,7 @@ class ModelSlot:
         with self._encoding, self._reference:
             old, self._model = self._model, model
         self._swaps += 1
+        self._refused.pop(version, None)
         log.info("model serves", version=version, took_s=round(time.monotonic() - started, 2))
         if old is not None:
             old.retire()

@@ -7,9 +7,11 @@
 | no_text    | the text model is late or fails (in ranker)  | the prior over cosines and counters, slate               |
 | popular    | no ranker answers in time, or all are full   | the gateway's own counters: popular of late, new first   |
 
-The lowest rung taken is the one the answer names. Filters, exclusions and what the user has seen hold on every rung.
+The lowest rung taken is the one the answer and its impression name. Filters and exclusions hold on every rung; what
+the user has seen holds wherever the profile could be read.
 """
 
+import asyncio
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -17,12 +19,12 @@ from typing import Protocol
 import msgspec
 import structlog
 
-from services.bodies import Asked, Degraded, RankedAnswer, RecommendationAnswer, RecommendationRequest
+from services.bodies import Asked, RankedAnswer, RecommendationAnswer, RecommendationRequest
 from services.event_log import Delivery, EventLog, Outgoing
 from services.metrics import GatewayMetrics
 from services.popular import POPULAR, rank_popular
 from services.profiles import ProfileReader
-from services.recommender import profile_age_ms
+from services.situation import profile_age_ms
 from tailrace.catalogue import Catalogue
 from tailrace.errors import BrokerUnavailable, NotReady, Overloaded, StoreError, TooLate
 from tailrace.ids import RequestId
@@ -79,22 +81,28 @@ class Ladder:
         deadline = received + self._settings.deadline_s
         # 1. The user's profile, lock-free from the store.
         stored, profile, known = await self._load_profile(request, self._left(deadline) * _PROFILE_SHARE)
-        asked = Asked(request_id=request_id, request=request, profile=stored, now_ms=now_ms, budget_s=0.0)
+        asked = Asked(
+            request_id=request_id,
+            request=request,
+            profile=stored,
+            now_ms=now_ms,
+            budget_s=0.0,
+            profile_missing=not known,
+        )
         # 2. The slate: from a ranker replica in what time is left, or from here.
         ranked = await self._rank(asked, deadline)
-        degraded: Degraded = "no_profile" if ranked.degraded == "none" and not known else ranked.degraded
         # 3. What was shown goes to the log; nobody waits for it.
         if not request.dry_run:
             self._log_impression(request, ranked.impression)
         # 4. The answer.
-        self._note(ranked, degraded)
+        self._note(ranked)
         took_ms = round((self._clock() - received) * 1000, 2)
         return RecommendationAnswer(
             request_id=request_id,
             model_version=ranked.model_version,
             profile_age_ms=profile_age_ms(profile, now_ms),
             profile_events=profile.events,
-            degraded=degraded,
+            degraded=ranked.degraded,
             took_ms=took_ms,
             items=ranked.items,
             timings=ranked.timings if request.explain else None,
@@ -124,7 +132,8 @@ class Ladder:
                 if self._troubles >= _TROUBLES_TO_REST:
                     self._rest_until = self._clock() + _REST_S
                 log.warning("no ranker answered", reason=str(error), in_a_row=self._troubles)
-        items, impression = rank_popular(asked, self._catalogue, self._settings.num_candidates)
+        # Linear in the catalogue, so not on the event loop.
+        items, impression = await asyncio.to_thread(rank_popular, asked, self._catalogue)
         return RankedAnswer(model_version=POPULAR, degraded="popular", items=items, impression=impression, timings={})
 
     def _log_impression(self, request: RecommendationRequest, impression: bytes) -> None:
@@ -140,9 +149,9 @@ class Ladder:
 
         delivery.finished.add_done_callback(note)
 
-    def _note(self, ranked: RankedAnswer, degraded: Degraded) -> None:
+    def _note(self, ranked: RankedAnswer) -> None:
         metrics = self._metrics
-        metrics.answers.labels(degraded).inc()
+        metrics.answers.labels(ranked.degraded).inc()
         metrics.note_model(ranked.model_version)
         metrics.ranker_waiting.set(ranked.waiting)
         for stage, took_ms in ranked.timings.items():

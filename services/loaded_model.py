@@ -20,8 +20,9 @@ from services.batcher import Batcher
 from services.encodings import Arrays, ItemEncodings
 from services.scorer import EncodedUsers, Precision, Scorer
 from tailrace.catalogue import Catalogue, Rows
+from tailrace.cosines import Floats
 from tailrace.errors import BundleError, ScoringError, TooLate
-from tailrace.features import FEATURE_NAMES, Floats
+from tailrace.features import FEATURE_NAMES
 from tailrace.ids import ModelVersion
 from tailrace.settings import Settings
 from tailrace.text import TEXT_VERSION
@@ -52,9 +53,10 @@ class LoadedModel:
         self.encodings = encodings
         self._scorer = scorer
         # int8 activations of one call share their scales, so on CPU each request is a call of its own: a user's scores
-        # never depend on who else asks. A GPU computes in floats and is only well used by several at once.
-        self._together = settings.ranker.device == "cuda"
-        most, room = settings.ranker.max_batch_requests, settings.ranker.max_queued_requests
+        # never depend on who else asks, and each is answered the moment it is done. A GPU computes in floats and is
+        # only well used by several at once.
+        most = settings.ranker.max_batch_requests if settings.ranker.device == "cuda" else 1
+        room = settings.ranker.max_queued_requests
         self._encoding = Batcher("encode", self._run_encode, max_batch=most, max_waiting=room)
         self._scoring = Batcher("score", self._run_score, max_batch=most, max_waiting=room)
         self._users: _Cache[EncodedUsers] = _Cache(_USER_CACHE_BYTES)
@@ -142,8 +144,6 @@ class LoadedModel:
 
     def _run_encode(self, texts: list[str]) -> list[EncodedUsers]:
         try:
-            if not self._together:
-                return [self._scorer.encode_users([text]) for text in texts]
             users = self._scorer.encode_users(texts)
         except Exception as error:  # ONNX Runtime's exceptions share no other base
             raise ScoringError(f"{self.version}: encoding a user failed: {error}") from error
@@ -151,10 +151,8 @@ class LoadedModel:
 
     def _run_score(self, jobs: list[ScoreJob]) -> list[tuple[Floats, Floats]]:
         try:
-            if not self._together:
-                return [self.score_together([job])[0] for job in jobs]
             return self.score_together(jobs)
-        except Exception as error:
+        except Exception as error:  # as above
             raise ScoringError(f"{self.version}: scoring failed: {error}") from error
 
     def score_together(self, jobs: list[ScoreJob]) -> list[tuple[Floats, Floats]]:

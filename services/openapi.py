@@ -27,15 +27,19 @@ _ROUTES: dict[tuple[str, str], tuple[str, dict[int, str | None], tuple[int, ...]
     ("post", "/v1/events"): (
         "Post events; each gets its verdict. 200 all accepted, 207 some, 422 none usable, 503 none taken by the broker",
         {200: "IntakeAnswer", 207: "IntakeAnswer", 422: "IntakeAnswer", 503: "IntakeAnswer"},
-        (400, 413, 429),
+        (400, 413, 422, 429, 503),
     ),
-    ("get", "/v1/users/{user_id}/profile"): ("What is known of a user", {200: "ProfilePage"}, (404, 503)),
-    ("delete", "/v1/users/{user_id}/profile"): ("Forget a user", {202: None}, (503,)),
+    ("get", "/v1/users/{user_id}/profile"): ("What is known of a user", {200: "ProfilePage"}, (404, 422, 503)),
+    ("delete", "/v1/users/{user_id}/profile"): ("Forget a user", {202: "Deletion"}, (422, 503)),
     ("get", "/v1/items/{item_id}/similar"): ("Items close to this one", {200: "SimilarPage"}, (404, 422)),
     ("get", "/v1/items/{item_id}"): ("An item and what was done with it of late", {200: "ItemPage"}, (404,)),
     ("get", "/v1/models"): ("The champion, its history, and what each replica has loaded", {200: "Models"}, (503,)),
-    ("get", "/healthz"): ("The process is up", {200: None}, ()),
-    ("get", "/readyz"): ("Everything needed is there; if not, the problem names what is missing", {200: None}, (503,)),
+    ("get", "/healthz"): ("The process is up", {200: "Health"}, ()),
+    ("get", "/readyz"): (
+        "All that is needed is there; if not, the problem names what is missing",
+        {200: "Health"},
+        (503,),
+    ),
     ("get", "/metrics"): ("Prometheus text", {200: None}, ()),
 }
 _BODIES: dict[tuple[str, str], dict[str, Any]] = {
@@ -64,7 +68,11 @@ def _describe(document: dict[str, Any]) -> dict[str, Any]:
         operation = document["paths"][path][method]
         operation["summary"] = summary
         operation["responses"] = {str(status): _answer(name) for status, name in answers.items()}
-        operation["responses"] |= {str(status): _problem(status) for status in problems}
+        for status in problems:
+            told = operation["responses"].setdefault(str(status), {"description": f"Problem {status}", "content": {}})
+            told["content"] |= {MEDIA_TYPE: {"schema": {"$ref": f"{_REF}ProblemDetails"}}}
+            if status in (429, 503):
+                told["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "seconds"}}
         if (method, path) in _BODIES:
             content = {"application/json": {"schema": _BODIES[method, path]}}
             operation["requestBody"] = {"required": True, "content": content}
@@ -93,20 +101,15 @@ def _components() -> dict[str, Any]:
         },
         "required": ["pointer", "replicas"],
     }
-    return {**components, **posted, "PostedEvent": choice, "Models": models}
+    small = {"Models": models, "Health": _strings("status"), "Deletion": _strings("status", "user_id")}
+    return {**components, **posted, "PostedEvent": choice, **small}
+
+
+def _strings(*names: str) -> dict[str, Any]:
+    return {"type": "object", "properties": {name: {"type": "string"} for name in names}, "required": list(names)}
 
 
 def _answer(name: str | None) -> dict[str, Any]:
     if name is None:
-        return {"description": "Done"}
+        return {"description": "Text", "content": {"text/plain": {"schema": {"type": "string"}}}}
     return {"description": name, "content": {"application/json": {"schema": {"$ref": _REF + name}}}}
-
-
-def _problem(status: int) -> dict[str, Any]:
-    answer: dict[str, Any] = {
-        "description": f"Problem {status}",
-        "content": {MEDIA_TYPE: {"schema": {"$ref": f"{_REF}ProblemDetails"}}},
-    }
-    if status in (429, 503):
-        answer["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "seconds"}}
-    return answer

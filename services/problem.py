@@ -10,6 +10,7 @@ import structlog
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from tailrace.errors import BrokerUnavailable, InvalidRecord, NotReady, Overloaded, StoreError
 
@@ -85,6 +86,8 @@ def problem_of(error: Exception) -> Problem:
         case HTTPException():
             slug = HTTPStatus(error.status_code).phrase.lower().replace(" ", "-")
             return Problem(error.status_code, slug, str(error.detail))
+        case ClientDisconnect():
+            return Problem(400, "incomplete", "the connection ended before the body did")
         case Overloaded():
             return Problem(429, "overloaded", str(error), retry_after_s=error.retry_after_s)
         case NotReady():
@@ -106,7 +109,7 @@ def install_problem_answers(app: FastAPI) -> None:
         headers = dict(error.headers) if isinstance(error, HTTPException) and error.headers else {}
         return problem_response(problem, request.url.path, headers)
 
-    expected = (Problem, InvalidRecord, RequestValidationError, HTTPException)
+    expected = (Problem, InvalidRecord, RequestValidationError, HTTPException, ClientDisconnect)
     for kind in (*expected, Overloaded, NotReady, BrokerUnavailable, StoreError, Exception):
         app.add_exception_handler(kind, answer)
 

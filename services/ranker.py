@@ -12,11 +12,13 @@ import msgspec
 import numpy as np
 
 from services.bodies import Asked, RankedAnswer
+from services.candidates import nearest
 from services.hot_swap import ModelSlot
 from services.loaded_model import LoadedModel
 from services.pages import SimilarItem
 from services.recommender import recommend
 from tailrace.catalogue import Catalogue
+from tailrace.errors import NotReady, TooLate
 from tailrace.ids import ItemId
 from tailrace.registry import open_registry
 from tailrace.settings import Settings
@@ -57,7 +59,7 @@ class Ranker:
         return self.slot.wait(timeout_s)
 
     async def rank(self, asked: bytes) -> bytes:
-        """Returns the encoded RankedAnswer to an encoded Asked. Raises NotReady."""
+        """Returns the encoded RankedAnswer to an encoded Asked. Raises NotReady, or TooLate where no time is left."""
         received = time.monotonic()
         answer = await asyncio.get_running_loop().run_in_executor(
             self._pool, self._rank, _asked_decoder.decode(asked), received
@@ -65,7 +67,7 @@ class Ranker:
         return _encoder.encode(answer)
 
     async def similar(self, item_id: ItemId, n: int) -> bytes:
-        """Returns the encoded list of SimilarItem, nearest first; empty for an unknown item. Raises NotReady."""
+        """Returns the encoded list of SimilarItem, nearest first. Raises NotReady, also before the item is encoded."""
         found = await asyncio.get_running_loop().run_in_executor(self._pool, self._similar, item_id, n)
         return _encoder.encode(found)
 
@@ -83,7 +85,9 @@ class Ranker:
     def _rank(self, asked: Asked, received: float) -> RankedAnswer:
         with self.slot.lease() as model:
             # Waiting for a thread has cost some of the budget.
-            left_s = max(asked.budget_s - (time.monotonic() - received), 0.0)
+            left_s = asked.budget_s - (time.monotonic() - received)
+            if left_s <= 0:
+                raise TooLate("the deadline passed while the request waited for a thread; nobody waits for it now")
             answer = self._recommend(msgspec.structs.replace(asked, budget_s=left_s), model)
             self.slot.note_request(asked)
             return msgspec.structs.replace(answer, waiting=model.waiting)
@@ -98,19 +102,20 @@ class Ranker:
     def _similar(self, item_id: ItemId, n: int) -> list[SimilarItem]:
         with self.slot.lease() as model:
             row = self._catalogue.row(item_id)
+            if row is None or not model.encodings.ready(np.array([row]))[0]:
+                raise NotReady(f"item {item_id!r} is not encoded yet")
             vectors_RD = model.encodings.vectors
-            if row is None or row >= len(vectors_RD):
-                return []
-            near_R = vectors_RD @ vectors_RD[row]
-            near_R[row] = -np.inf
-            best = np.argsort(-near_R, kind="stable")[: n + 1]
-            best = best[(best < self._catalogue.num_rows) & model.encodings.ready(best)]
-            items = zip(self._catalogue.items_at(best), near_R[best].tolist(), strict=True)
+            live_rows = self._catalogue.live_rows()
+            others_R = np.zeros(len(vectors_RD), dtype=np.bool_)
+            others_R[live_rows[live_rows < len(others_R)]] = True
+            others_R[row] = False
+            best = nearest(vectors_RD, vectors_RD[row], others_R, n)
+            items = zip(self._catalogue.items_at(best), (vectors_RD[best] @ vectors_RD[row]).tolist(), strict=True)
             return [
                 SimilarItem(item_id=item.item_id, title=item.title, score=round(score, 4))
                 for item, score in items
-                if item is not None and item.item_id != item_id
-            ][:n]
+                if item is not None
+            ]
 
     def _apply_item(self, item_id: str, value: bytes | None, at_ms: int) -> None:
         self._catalogue.apply_item(item_id, value, at_ms)

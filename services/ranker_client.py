@@ -5,7 +5,7 @@ from collections.abc import Awaitable
 from typing import Any, Protocol
 
 import msgspec
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
 from services.bodies import ModelStatus
@@ -58,7 +58,8 @@ class ServeRankerClient:
         except BackPressureError as error:
             raise Overloaded(error.message) from error
         except (RayServeException, RayError) as error:
-            # What a replica raises comes as a RayTaskError that is also an instance of its own class.
-            if isinstance(error, NotReady | Overloaded | TooLate):
-                raise
-            raise NotReady(f"no ranker: {type(error).__name__}: {error}") from error
+            # What a replica raises comes wrapped, with its traceback for a message.
+            cause = error.cause if isinstance(error, RayTaskError) else error
+            if isinstance(cause, NotReady | Overloaded | TooLate):
+                raise cause from None
+            raise NotReady(f"no ranker: {type(cause).__name__}: {cause}") from error

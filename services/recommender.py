@@ -11,30 +11,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import msgspec
 import numpy as np
 
-from services.bodies import Asked, Degraded, RankedAnswer, RecommendedItem, RequestContext
+from services.bodies import Asked, Degraded, RankedAnswer, RecommendedItem
 from services.candidates import Candidates, PoolRequest, build_pool
 from services.encodings import ItemEncodings
 from services.explain import explain, gather_evidence
+from services.situation import flat_context, merge_context, profile_age_ms
 from services.slate import Slot, build_slate
 from tailrace.catalogue import Catalogue, Rows
+from tailrace.cosines import Floats, history_items, history_mean, make_cosines
 from tailrace.errors import Overloaded, ScoringError, TooLate
-from tailrace.events import Context, Impression, Ranked, Scalar, encode
+from tailrace.events import Impression, Ranked, encode
 from tailrace.features import (
     FEATURE_NAMES_HASH,
-    Floats,
     compute_features,
     encode_features,
-    history_items,
-    history_mean,
-    make_cosines,
     prior_scores,
 )
-from tailrace.ids import EventId, ItemId, ModelVersion, RequestId
+from tailrace.ids import EventId, ItemId, ModelVersion
 from tailrace.items import Item
-from tailrace.profile import Profile, current_context, decode_profile
+from tailrace.profile import Profile, decode_profile
 from tailrace.settings import RankerSettings, SlateSettings
 from tailrace.text import now_interests, render_item, render_user
 
@@ -119,6 +116,8 @@ def recommend(
 
     # 5. Scores: from the model, or from the prior where the model is not there in time.
     scores_N, degraded = _score(model, user, drawn.rows_N, features_NF, slate_settings.rating_weight, deadline)
+    if asked.profile_missing and degraded == "none":
+        degraded = "no_profile"
     stages.end("score")
 
     # 6. The slate: relevance, diversity, a little exploration.
@@ -212,32 +211,6 @@ class DrawnUp:
     texts_N: list[str]
     sources_N: list[str]
     vectors_ND: Floats
-
-
-def merge_context(given: RequestContext | None, profile: Profile, request_id: RequestId, now_ms: int) -> Context | None:
-    """Returns the context that holds for this request: the user's current one, overridden by what the caller says."""
-    held = current_context(profile, now_ms)
-    if given is None:
-        return held
-    told = {name: value for name, value in msgspec.structs.asdict(given).items() if value}
-    if held is None or "country" in told or "locale" in told:
-        told["occurred_at"] = now_ms  # the zone of the old stamp no longer tells where the user is
-    if held is None:
-        return Context(event_id=EventId(request_id), user_id=profile.user_id, **told)
-    return msgspec.structs.replace(held, **told)
-
-
-def flat_context(context: Context | None) -> dict[str, Scalar]:
-    """Returns the context as an impression carries it: attributes and named fields in one flat table."""
-    if context is None:
-        return {}
-    named = {name: getattr(context, name) for name in RequestContext.__struct_fields__ if name != "attributes"}
-    return {**context.attributes, **{name: value for name, value in named.items() if value is not None}}
-
-
-def profile_age_ms(profile: Profile, now_ms: int) -> int | None:
-    """Returns how long ago the newest event of the profile happened, in ms; None for an empty profile."""
-    return None if profile.last_at_ms is None else max(now_ms - profile.last_at_ms, 0)
 
 
 def _encode(model: TextModel, text: str, query: str | None, deadline: float) -> tuple[Any, Floats | None]:

@@ -3,33 +3,31 @@
 Numbers are fresh: item counters decayed to now, ages, last touches, what the user did a moment ago. The key ones stand
 also as their rank within the pool of candidates, because what is much depends on what else there is.
 
-Shapes: N candidates, F features, D vector size, R recent items of the user.
+Shapes: N candidates, F features.
 """
 
 import base64
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tailrace.catalogue import NEVER_MS, Catalogue, ItemRows, Rows
+from tailrace.cosines import Cosines, Floats
 from tailrace.counters import HALF_LIVES_S, KINDS
 from tailrace.errors import InvalidRecord
 from tailrace.events import Context
 from tailrace.ids import ItemId
 from tailrace.profile import Profile
-from tailrace.text import TEXT_VERSION, is_mobile, item_words, local_time, now_interests
+from tailrace.text import TEXT_VERSION, is_mobile, local_time, now_interests
 
-Floats = NDArray[np.float32]
 Column = NDArray[np.floating] | float
 
 FEATURE_VERSION = 1
 HALF_LIFE_NAMES = ("15m", "1h", "6h", "24h", "7d")
 HEAT_KINDS = ("users", "rated_up")
 HEAT_FLOOR = 0.05  # heat is log(1 + sum / floor): tells a faint trace from none at all, where log1p sees only zeros
-HISTORY_ITEMS = 20
 
 _RATES = (  # name, numerator, denominator, Beta prior (expected share, weight)
     ("click_rate", "clicked", "shown", 0.05, 20.0),
@@ -96,55 +94,6 @@ PRIOR_WEIGHTS: Mapping[str, float] = {
     "shown_to_user": -0.5,
     "touched_by_user": -3.0,
 }
-
-
-@dataclass(frozen=True)
-class Cosines:
-    """How near each candidate's vector is to the user's text, the query, the mean of and the nearest recent item."""
-
-    user_N: Floats
-    query_N: Floats
-    history_N: Floats
-    recent_N: Floats
-
-
-def history_items(profile: Profile) -> list[ItemId]:
-    """Returns the newest items that the user received well or at least opened, newest first, HISTORY_ITEMS at most."""
-    return [item_id for item_id, word in item_words(profile).items() if word != "disliked"][:HISTORY_ITEMS]
-
-
-def history_mean(recent_RD: NDArray[np.floating]) -> Floats | None:
-    """Returns float32 [D]: the mean of the unit vectors of the recent items, or None where there are none."""
-    if not len(recent_RD):
-        return None
-    mean: Floats = _unit(recent_RD).mean(axis=0)
-    return mean
-
-
-def make_cosines(
-    items_ND: NDArray[np.floating],
-    user_D: NDArray[np.floating] | None,
-    query_D: NDArray[np.floating] | None,
-    recent_RD: NDArray[np.floating] | None,
-) -> Cosines:
-    """Returns the cosines that `compute_features` takes, zeros for what is absent.
-
-    Rows of `recent_RD` are the vectors of `history_items`; leave out what has none.
-    """
-    items_ND = _unit(items_ND)
-    silent = np.zeros(len(items_ND), dtype=np.float32)
-    if recent_RD is None or not len(recent_RD):
-        history_N = recent_N = silent
-    else:
-        near_NR = items_ND @ _unit(recent_RD).T
-        mean_D = _unit(recent_RD).mean(axis=0, keepdims=True)
-        history_N, recent_N = (items_ND @ _unit(mean_D).T)[:, 0], near_NR.max(axis=1)
-    return Cosines(
-        user_N=silent if user_D is None else items_ND @ _unit(user_D[None])[0],
-        query_N=silent if query_D is None else items_ND @ _unit(query_D[None])[0],
-        history_N=history_N,
-        recent_N=recent_N,
-    )
 
 
 def compute_features(
@@ -335,12 +284,6 @@ def _user_columns(
         "weekend": float(local.weekday() >= 5),
         "mobile": float(is_mobile(context)),
     }
-
-
-def _unit(vectors: NDArray[np.floating]) -> Floats:
-    wide = vectors.astype(np.float32)
-    result: Floats = wide / np.maximum(np.linalg.norm(wide, axis=-1, keepdims=True), 1e-9)
-    return result
 
 
 _PRIOR_F: Floats = np.array([PRIOR_WEIGHTS.get(name, 0.0) for name in FEATURE_NAMES], dtype=np.float32)

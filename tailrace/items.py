@@ -10,6 +10,7 @@ from tailrace.events import SCHEMA_VERSION, Scalar, ShortText, decode, to_ms
 from tailrace.ids import ItemIdField
 
 Vector = Annotated[list[float], Meta(max_length=4096)]
+_FIRST_MS, _LAST_MS = -62_135_596_800_000, 253_402_300_799_000  # the years 1 to 9999, as a datetime has them
 
 
 class Fact(msgspec.Struct, frozen=True):
@@ -35,8 +36,11 @@ class Item(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def created_ms(self) -> int | None:
-        """When the item became available, epoch milliseconds UTC; negative before 1970."""
-        return None if self.created_at is None else to_ms(self.created_at)
+        """When the item became available, epoch milliseconds UTC; negative before 1970, and never beyond the calendar.
+
+        A number is taken as it comes, but what the calendar does not hold would not fit the catalogue's arrays.
+        """
+        return None if self.created_at is None else min(max(to_ms(self.created_at), _FIRST_MS), _LAST_MS)
 
     @property
     def topics_of_interest(self) -> list[str]:

@@ -176,7 +176,7 @@ def _from_environ(environ: Mapping[str, str]) -> dict[str, Any]:
             continue
         *sections, key = name.removeprefix("TAILRACE_").lower().split("__")
         try:
-            read = msgspec.json.decode(value) if value.startswith("{") else value
+            read: Any = msgspec.json.decode(value) if value.startswith("{") else value
         except msgspec.DecodeError as error:
             raise SettingsError(f"{name}: {error}") from error
         for step in (key, *reversed(sections)):

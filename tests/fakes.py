@@ -4,14 +4,15 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 
-from services.bodies import ModelStatus
+from services.bodies import Asked, ModelStatus
 from services.encodings import Arrays, ItemEncodings
 from services.pages import SimilarItem
 from tailrace.catalogue import Catalogue, Rows
+from tailrace.cosines import Floats
 from tailrace.errors import TailraceError
-from tailrace.features import Floats
 from tailrace.ids import ItemId, ModelVersion
 
 
@@ -88,13 +89,18 @@ class FixedRanker:
         self.answer = answer
         self.failure = failure
         self.asked = 0
+        self.last_bytes = b""
         self.serving: ModelVersion | None = ModelVersion("fixed")
 
     async def rank(self, asked: bytes, timeout_s: float) -> bytes:
         self.asked += 1
+        self.last_bytes = asked
         if self.failure is not None:
             raise self.failure
         return self.answer
+
+    def last_asked(self) -> Asked:
+        return msgspec.msgpack.decode(self.last_bytes, type=Asked)
 
     async def similar(self, item_id: ItemId, n: int, timeout_s: float) -> list[SimilarItem]:
         if self.failure is not None:

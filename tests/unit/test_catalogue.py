@@ -220,3 +220,11 @@ def test_readers_see_whole_rows_while_another_thread_writes() -> None:
     finished.set()
     reader.join()
     assert not failures
+
+
+@pytest.mark.parametrize("created_at", [2**63, 2**70, -(2**70)])
+def test_date_that_no_calendar_has_does_no_harm(created_at: int) -> None:
+    catalogue = Catalogue()
+    catalogue.apply_item("a", msgspec.json.encode({"item_id": "a", "title": "A", "created_at": created_at}), NOW_MS)
+    ages = NOW_MS - catalogue.gather(catalogue.rows([ItemId("a")]), NOW_MS).created_ms_N
+    assert (ages > 0).tolist() == [created_at < 0]

@@ -4,9 +4,10 @@ import numpy as np
 
 from services.explain import MAX_REASONS, Evidence, explain, gather_evidence
 from tailrace.catalogue import Catalogue
+from tailrace.cosines import make_cosines
 from tailrace.counters import CounterTable, item_stats
 from tailrace.events import Action, Click, encode
-from tailrace.features import FEATURE_NAMES, compute_features, make_cosines
+from tailrace.features import FEATURE_NAMES, compute_features
 from tailrace.fold import fold_event
 from tailrace.ids import EventId, ItemId, UserId
 from tailrace.items import Fact, Item
@@ -45,6 +46,9 @@ def test_each_reason_is_given_on_its_evidence() -> None:
     assert reasons(evidence(), tag__gothic=2.0, tag__science=1.0) == ["matches your interest in gothic"]
     assert reasons(evidence(covisit_title="Dracula", covisit=1.0)) == ["others who read Dracula also read this"]
     assert reasons(evidence(log_users_1h=np.log1p(5), rank_log_users_1h=1.0)) == ["popular in the last hour"]
+    assert reasons(evidence(log_users_24h=np.log1p(99), rank_log_users_24h=1.0, log_since_touch_2=np.log1p(1439))) == [
+        "popular in the last day"
+    ]
     assert reasons(evidence(log_users_24h=np.log1p(5), rank_log_users_24h=1.0)) == ["popular in the last day"]
     assert reasons(evidence(log_age=np.log1p(2), rank_newness=0.95)) == ["new"]
     assert reasons(evidence(explored=True))[0].startswith("something different")
@@ -58,6 +62,8 @@ def test_without_evidence_no_such_reason_is_given() -> None:
     assert reasons(evidence(near_title="Dracula", near_cosine=0.9, near_word="disliked")) == plain
     assert reasons(evidence(), tag__war=3.0, tag__gothic=-1.0) == plain
     assert reasons(evidence(log_users_1h=np.log1p(1), rank_log_users_1h=1.0)) == plain
+    faint = {"log_users_1h": np.log1p(3), "rank_log_users_1h": 1.0}  # of 96 users, five hours ago
+    assert reasons(evidence(**faint, log_since_touch_2=np.log1p(300))) == plain
     assert reasons(evidence(log_age=np.log1p(2), rank_newness=0.5)) == plain
 
 

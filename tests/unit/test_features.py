@@ -7,23 +7,18 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tailrace.catalogue import Catalogue
+from tailrace.cosines import HISTORY_ITEMS, Cosines, Floats, history_items, history_mean, make_cosines
 from tailrace.counters import CounterTable, item_stats
 from tailrace.errors import InvalidRecord
 from tailrace.events import Action, Click, Context, Impression, Ranked, Rating, encode
 from tailrace.features import (
     FEATURE_NAMES,
     FEATURE_NAMES_HASH,
-    HISTORY_ITEMS,
     PRIOR_WEIGHTS,
-    Cosines,
-    Floats,
     compute_features,
     decode_features,
     encode_features,
-    history_items,
-    history_mean,
     last_visit_ms,
-    make_cosines,
     pool_ranks,
     prior_scores,
 )

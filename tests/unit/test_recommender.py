@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 from services.bodies import Asked, RankedAnswer, RecommendationRequest, RequestContext
-from services.recommender import merge_context, recommend
+from services.popular import rank_popular
+from services.recommender import recommend
+from services.situation import merge_context
 from tailrace.catalogue import Catalogue
 from tailrace.counters import CounterTable
 from tailrace.errors import Overloaded, ScoringError, TailraceError, TooLate
@@ -140,6 +142,32 @@ def test_text_model_that_fails_leaves_the_prior(half: str, failure: TailraceErro
     assert answer.degraded == "no_text" and len(answer.items) == 5
     assert impression_of(answer).degraded == "no_text"
     assert "ghosts" in answer.items[0].title
+
+
+def test_unreadable_profile_is_named_in_answer_and_impression_alike() -> None:
+    catalogue = make_catalogue()
+    asked = msgspec.structs.replace(ask(), profile_missing=True)
+    answer = recommend(asked, catalogue, WordModel(catalogue), RANKER, SLATE)
+    assert answer.degraded == impression_of(answer).degraded == "no_profile"
+
+
+def test_seen_item_asked_for_again_is_not_explained_by_itself() -> None:
+    catalogue = make_catalogue()
+    profile = profile_with_clicks(catalogue, "i0")
+    asked = ask(profile, candidates=["i0"], include_seen=True, explain=True)
+    (item,) = recommend(asked, catalogue, WordModel(catalogue), RANKER, SLATE).items
+    assert item.item_id == "i0" and not any("because" in reason for reason in item.reasons or [])
+
+
+def test_popular_rung_ranks_all_that_may_be_shown_with_certainty() -> None:
+    catalogue = make_catalogue()
+    items, impression = rank_popular(ask(n=3, explain=True), catalogue)
+    again, _ = rank_popular(ask(n=3, explain=True, request_id="r2"), catalogue)
+    assert [item.item_id for item in items] == ["i0", "i1", "i2"] and items == again
+    assert items[0].reasons == ["among the newest"]
+    logged = msgspec.json.decode(impression, type=Impression)
+    assert logged.num_candidates == 60 and {shown.propensity for shown in logged.shown} == {1.0}
+    assert rank_popular(ask(), Catalogue())[0] == []
 
 
 def test_empty_catalogue_gives_an_empty_slate() -> None:
