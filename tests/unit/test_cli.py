@@ -65,6 +65,19 @@ def test_schemas_prints_one_or_all() -> None:
 # -- settings ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("options", [[], ["--json"], ["--check"]])
+def test_settings_shows_no_password(settings_file: Path, options: list[str]) -> None:
+    env = {"TAILRACE_KAFKA__SECURITY__SASL_PLAIN_PASSWORD": "hush", "TAILRACE_STORE__URL": "redis://:hush@cache/0"}
+    result = run("settings", *options, settings=settings_file, env=env)
+    assert result.exit_code == 0
+    assert "hush" not in result.output
+
+
+def test_status_of_a_store_in_memory_is_refused(settings_file: Path) -> None:
+    env = {"TAILRACE_STORE__KIND": "memory", "TAILRACE_KAFKA__BOOTSTRAP_SERVERS": "127.0.0.1:1"}
+    said_no(run("status", settings=settings_file, env=env), "store.kind")
+
+
 def test_settings_shows_values_from_file_and_environment(settings_file: Path) -> None:
     env = {"TAILRACE_KAFKA__USER_PARTITIONS": "3"}
     found = json.loads(run("settings", "--json", settings=settings_file, env=env).stdout)

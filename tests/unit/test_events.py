@@ -195,6 +195,13 @@ def test_an_item_speaks_for_its_tags_and_its_entities() -> None:
     assert item.topics_of_interest == ["tag:mystery", "tag:gothic", "author:Wilkie Collins"]
 
 
+def test_an_item_that_repeats_a_tag_or_a_fact_speaks_for_it_once() -> None:
+    fact = b'{"relation":"author","entity":"Wilkie Collins"}'
+    tags = b'["gothic","mystery","gothic"]'
+    item = decode_item(b'{"item_id":"i","title":"t","tags":%b,"facts":[%b,%b]}' % (tags, fact, fact))
+    assert item.topics_of_interest == ["tag:gothic", "tag:mystery", "author:Wilkie Collins"]
+
+
 def test_defaults_are_not_written() -> None:
     shortest = b'{"event_id":"e","user_id":"u","item_id":"i","occurred_at":0}'
     click = decode_event("clicks", shortest)

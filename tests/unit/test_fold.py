@@ -379,6 +379,18 @@ def test_only_a_users_first_touch_counts_as_a_distinct_user() -> None:
     assert (sums["users"].count, sums["clicked"].count) == (2, 4)
 
 
+@pytest.mark.parametrize("action", ["skip", "hide"])
+def test_who_clicks_after_a_skip_or_a_hide_is_a_distinct_user_from_the_click_on(action: str) -> None:
+    state = folded([("clicks", click(1, at_ms=1, action=action))])
+    assert "users" not in state.counters.items[ItemId("i0")].sums
+    for number in (2, 3):
+        state.fold("clicks", click(number, at_ms=number))
+    state.fold("clicks", click(4, at_ms=4, action=action))
+    state.fold("clicks", click(5, at_ms=5))
+    users = state.counters.items[ItemId("i0")].sums["users"]
+    assert (users.at_ms, users.count) == (2, 1)
+
+
 def test_items_touched_one_after_the_other_are_covisited_both_ways() -> None:
     state = folded([("clicks", click(1, item="i0")), ("clicks", click(2, item="i1", at_ms=5))])
     assert state.counters.items[ItemId("i0")].covisits == {ItemId("i1"): (5, 1.0)}

@@ -3,7 +3,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stream.fleet import Member
 from stream.plan import StallWatch, plan_workers
+from stream.progress import Progress
 from tailrace.settings import StreamSettings
 
 SETTINGS = StreamSettings(min_workers=1, max_workers=4, lag_per_worker=1000)
@@ -75,3 +77,15 @@ def test_progress_starts_the_time_anew_and_silence_does_not() -> None:
 def test_worker_that_has_not_answered_yet_is_given_a_minute() -> None:
     watch = StallWatch(30)
     assert [watch.has_stalled(0, 5, None, now_s) for now_s in (0.0, 59.0, 61.0)] == [False, False, True]
+
+
+def test_worker_that_lost_a_partition_is_judged_by_that_one_alone() -> None:
+    watch, member = StallWatch(30), Member((0, 1), handle=None, answered=True)
+    stalled = []
+    for now_s in (0.0, 20.0, 40.0):  # it goes on with partition 0, and can never go on with partition 1
+        offsets = {0: {"clicks": int(now_s)}}
+        member.progress = Progress(pid=1, partitions=(0,), fenced=(1,), next_offsets=offsets)
+        to_do, reached = member.work({0: 0, 1: 7})
+        stalled.append(watch.has_stalled(0, to_do, reached, now_s))
+    assert stalled == [False, False, True]
+    assert member.work({0: 9, 1: 0}) == (0, (1,))

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from tailrace.errors import SettingsError
-from tailrace.settings import Settings, load_settings, settings_table
+from tailrace.settings import Settings, load_settings, settings_table, without_secrets
 
 
 def test_without_anything_the_defaults_hold() -> None:
@@ -44,6 +44,8 @@ def test_the_environment_may_carry_any_type() -> None:
         ({"TAILRACE_SLATE__DIVERSITY": "2"}, "slate.diversity"),
         ({"TAILRACE_STREAM__MAX_BATCH": "0"}, "stream.max_batch"),
         ({"TAILRACE_NOWHERE": "1"}, "nowhere"),
+        ({"TAILRACE_KAFKA__SECURITY": "{broken"}, "TAILRACE_KAFKA__SECURITY"),
+        ({"TAILRACE_STORE": "x", "TAILRACE_STORE__KIND": "x"}, "store.kind"),
     ],
 )
 def test_a_wrong_setting_is_refused_by_name(environ: dict[str, str], word: str) -> None:
@@ -85,3 +87,20 @@ def test_the_table_has_one_described_row_for_every_setting() -> None:
         assert name.startswith("`")
         assert default.startswith("`")
         assert text, name
+
+
+def test_what_is_shown_of_settings_holds_no_password_and_what_is_set_keeps_it() -> None:
+    environ = {
+        "TAILRACE_KAFKA__SECURITY": '{"sasl_plain_username": "ann", "sasl_plain_password": "hush", "ssl_password": ""}',
+        "TAILRACE_STORE__URL": "rediss://ann:hush@cache:6379/0",
+        "TAILRACE_REGISTRY__URL": "s3://bucket/models",
+    }
+    found = load_settings(environ=environ)
+    shown = without_secrets(found)
+    assert shown["kafka"]["security"] == {
+        "sasl_plain_username": "ann",
+        "sasl_plain_password": "***",
+        "ssl_password": "***",
+    }
+    assert (shown["store"]["url"], shown["registry"]["url"]) == ("rediss://***@cache:6379/0", "s3://bucket/models")
+    assert found.kafka.security["sasl_plain_password"] == "hush"
