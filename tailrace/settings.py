@@ -89,7 +89,7 @@ class RankerSettings(_Section, frozen=True, kw_only=True):
     downscale_delay_s: Annotated[float, _doc("how long load must stay low before one is removed")] = 60.0
     max_ongoing_requests: Annotated[Positive, _doc("requests a replica holds at once")] = 16
     max_queued_requests: Annotated[Positive, _doc("requests that may wait; more are answered 429")] = 64
-    max_batch_requests: Annotated[Positive, _doc("requests scored in one pass of the model")] = 8
+    max_batch_requests: Annotated[Positive, _doc("requests scored in one pass on cuda; on cpu always one")] = 8
     num_cpus: Annotated[float, _doc("CPUs a replica reserves in Ray")] = 0.5
     num_candidates: Annotated[Positive, _doc("candidates scored per request")] = 200
     deadline_s: Annotated[Seconds, _doc("after this the gateway answers from a lower rung")] = 0.5
@@ -135,7 +135,9 @@ class RegistrySettings(_Section, frozen=True, kw_only=True):
 class Settings(_Section, frozen=True, kw_only=True):
     """All settings of one process."""
 
-    data_dir: Annotated[str, _doc("everything Tailrace writes on this machine")] = ".tailrace"
+    data_dir: Annotated[
+        str, _doc("everything Tailrace writes here, but for Kafka's jars, which go to the user's cache")
+    ] = ".tailrace"
     log_level: Annotated[Literal["debug", "info", "warning", "error"], _doc("least severe line logged")] = "info"
     kafka: KafkaSettings = KafkaSettings()
     store: StoreSettings = StoreSettings()
