@@ -289,12 +289,17 @@ class StreamWorker:
         return {number: partition.counters for number, partition in self._partitions.items()}
 
 
+def relax_garbage_collection() -> None:
+    """Lets this process collect cycles rarely: a worker holds many long-lived objects, and makes no cycles of them."""
+    gc.set_threshold(100_000, 50, 100)
+
+
 @click.command()
 @click.option("--settings", "file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="TOML file.")
 @click.option("--partitions", required=True, help="The partitions to own, such as 0,1,2.")
 def main(file: Path | None, partitions: str) -> None:
     """Runs one stream worker in this process, without Ray, until it is interrupted or terminated."""
-    gc.set_threshold(100_000, 50, 100)  # many long-lived objects, and no cycles among them
+    relax_garbage_collection()
     settings = load_settings(file)
     store = open_store(settings)
     worker = StreamWorker(settings, [int(number) for number in partitions.split(",")], store)

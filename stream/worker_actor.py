@@ -4,7 +4,6 @@ Ray starts the process again when it dies, with the same arguments; `__init__` c
 fences whatever is left of the old process.
 """
 
-import gc
 import hashlib
 import os
 import threading
@@ -17,7 +16,7 @@ import ray
 import structlog
 
 from stream.progress import Progress
-from stream.worker import StreamWorker
+from stream.worker import StreamWorker, relax_garbage_collection
 from tailrace.settings import Settings
 from tailrace.stores import open_store
 
@@ -72,11 +71,6 @@ class WorkerActor:
 def fingerprint(settings: Settings) -> str:
     """Returns a short name of exactly these settings."""
     return hashlib.sha256(msgspec.json.encode(settings)).hexdigest()[:16]
-
-
-def relax_garbage_collection() -> None:
-    """Lets this process collect cycles rarely: a worker holds many long-lived objects, and makes no cycles of them."""
-    gc.set_threshold(100_000, 50, 100)
 
 
 def start_actor(number: int, settings: Settings, partitions: Sequence[int]) -> Any:

@@ -13,8 +13,7 @@ from kafka import TopicPartition
 from rich.console import Console
 
 from stream.broker import LocalKafka
-from stream.worker import StreamWorker
-from stream.worker_actor import relax_garbage_collection
+from stream.worker import StreamWorker, relax_garbage_collection
 from tailrace.events import Click, encode
 from tailrace.ids import EventId, ItemId, UserId
 from tailrace.kafka_clients import create_topics, open_consumer, open_producer
