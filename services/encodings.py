@@ -9,6 +9,7 @@ import hashlib
 import threading
 import zipfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -29,6 +30,16 @@ _CHUNK = 32  # items per pass of the model
 _DIGEST_BYTES = 16
 
 
+@dataclass(frozen=True)
+class EncodedItems:
+    """Copies of N items' encodings and the texts they were made from, as they stood together at one moment."""
+
+    texts_N: list[str]
+    states_NTH: States
+    mask_NT: Flags
+    vectors_ND: Floats
+
+
 class ItemEncoder(Protocol):
     """The half of a model that this module needs."""
 
@@ -44,7 +55,11 @@ class ItemEncodings:
 
     def __init__(self, vector_size: int, cache_file: Path | None = None) -> None:
         self.texts: list[str | None] = []
-        self._none: Floats = np.zeros((0, vector_size), dtype=np.float32)
+        self._nothing: Arrays = (
+            np.zeros((0, 1, vector_size), dtype=np.float16),
+            np.zeros((0, 1), dtype=np.bool_),
+            np.zeros((0, vector_size), dtype=np.float32),
+        )
         self._cache_file = cache_file
         self._cached_at, self._cached = _load_cache(cache_file, vector_size)
         self._unsaved = 0
@@ -67,8 +82,7 @@ class ItemEncodings:
     @property
     def vectors(self) -> Floats:
         """Every row's unit vector [R,H], zeros where a row is not ready. Do not write to it."""
-        held = self._held
-        return self._none if held is None else held[2]
+        return (self._held or self._nothing)[2]
 
     def ready(self, rows: Rows) -> Flags:
         """Returns which of the rows [N] have been encoded."""
@@ -77,12 +91,14 @@ class ItemEncodings:
         inside[inside] = ready[rows[inside]]
         return inside
 
-    def gather(self, rows: Rows) -> Arrays:
-        """Returns copies of the rows' states, mask and vectors. Rows must be ready."""
+    def gather(self, rows: Rows) -> tuple[Flags, EncodedItems]:
+        """Returns which rows are ready [R], and copies of those N that are, text and numbers of the same moment."""
         with self._lock:
-            assert self._held is not None, "no row is ready"
-            states, mask, vectors = self._held
-            return states[rows], mask[rows], vectors[rows]
+            ready = self.ready(rows)
+            kept = rows[ready]
+            states, mask, vectors = self._held or self._nothing
+            texts = [text for row in kept.tolist() if (text := self.texts[row]) is not None]
+            return ready, EncodedItems(texts, states[kept], mask[kept], vectors[kept])
 
     def catch_up(self, encoder: ItemEncoder, catalogue: Catalogue) -> bool:
         """Encodes the newest changes, up to one chunk, and returns whether more wait."""
@@ -119,15 +135,14 @@ class ItemEncodings:
         """Writes the encodings beside their digests, in one step, if anything is new. Nothing is pickled."""
         if self._cache_file is None or self._unsaved == 0 or self._held is None:
             return
-        rows = np.flatnonzero(self._ready)
-        digests = np.frombuffer(b"".join(_digest(self.texts[row] or "") for row in rows), dtype=np.uint8)
-        states, mask, vectors = self.gather(rows)
+        _, held = self.gather(np.flatnonzero(self._ready))
+        digests = np.frombuffer(b"".join(map(_digest, held.texts_N)), dtype=np.uint8)
         self._cache_file.parent.mkdir(parents=True, exist_ok=True)
         temporary = self._cache_file.with_suffix(f".{threading.get_native_id()}.tmp")
         try:
             with temporary.open("wb") as writer:
                 digests = digests.reshape(-1, _DIGEST_BYTES)
-                np.savez(writer, digests=digests, states=states, mask=mask, vectors=vectors)
+                np.savez(writer, digests=digests, states=held.states_NTH, mask=held.mask_NT, vectors=held.vectors_ND)
             temporary.replace(self._cache_file)
             self._unsaved = 0
         except OSError as error:

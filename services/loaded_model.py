@@ -15,11 +15,12 @@ from threading import Lock
 from typing import Generic, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from services.batcher import Batcher
-from services.encodings import Arrays, ItemEncodings
+from services.encodings import Arrays, EncodedItems, ItemEncodings
 from services.scorer import EncodedUsers, Precision, Scorer
-from tailrace.catalogue import Catalogue, Rows
+from tailrace.catalogue import Catalogue
 from tailrace.cosines import Floats
 from tailrace.errors import BundleError, ScoringError, TooLate
 from tailrace.features import FEATURE_NAMES
@@ -31,6 +32,7 @@ _USER_CACHE_BYTES = 64 * 1024 * 1024
 _QUERY_CACHE = 512
 
 Value = TypeVar("Value")
+Number = TypeVar("Number", bound=np.generic)
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class ScoreJob:
     """One request's candidates, to be scored for one user (B = 1)."""
 
     user: EncodedUsers
-    rows_N: Rows
+    items: EncodedItems
     features_NF: Floats
 
 
@@ -103,9 +105,11 @@ class LoadedModel:
             self._queries.put(text, held, 1)
         return held
 
-    def score(self, user: EncodedUsers, rows_N: Rows, features_NF: Floats, deadline: float) -> tuple[Floats, Floats]:
+    def score(
+        self, user: EncodedUsers, items: EncodedItems, features_NF: Floats, deadline: float
+    ) -> tuple[Floats, Floats]:
         """Returns click logits [N] and ratings [N]. Raises TooLate, Overloaded or ScoringError."""
-        return _wait(self._scoring.submit(ScoreJob(user, rows_N, features_NF), deadline), deadline)
+        return _wait(self._scoring.submit(ScoreJob(user, items, features_NF), deadline), deadline)
 
     def encode_items(self, texts: Sequence[str]) -> Arrays:
         """Returns states, mask and vectors of items with these texts; runs in the caller's thread."""
@@ -157,18 +161,14 @@ class LoadedModel:
 
     def score_together(self, jobs: list[ScoreJob]) -> list[tuple[Floats, Floats]]:
         """Returns click logits and ratings of each job: padded to the largest of them and scored in one call."""
-        most = max(len(job.rows_N) for job in jobs)
-        rows_BN = np.stack([np.pad(job.rows_N, (0, most - len(job.rows_N)), mode="edge") for job in jobs])
-        features_BNF = np.stack(
-            [np.pad(job.features_NF, ((0, most - len(job.rows_N)), (0, 0)), mode="edge") for job in jobs]
+        clicks_BN, ratings_BN = self._scorer.score(
+            _stack_users([job.user for job in jobs]),
+            _stack_padded([job.items.states_NTH for job in jobs]),
+            _stack_padded([job.items.mask_NT for job in jobs]),
+            _stack_padded([job.features_NF for job in jobs]),
         )
-        states_BNTH, mask_BNT, _ = self.encodings.gather(rows_BN)
-        users = jobs[0].user if len(jobs) == 1 else _stack_users([job.user for job in jobs])
-        clicks_BN, ratings_BN = self._scorer.score(users, states_BNTH, mask_BNT, features_BNF)
-        return [
-            (clicks_BN[index, : len(job.rows_N)], ratings_BN[index, : len(job.rows_N)])
-            for index, job in enumerate(jobs)
-        ]
+        sizes = [len(job.features_NF) for job in jobs]
+        return [(clicks_BN[index, :size], ratings_BN[index, :size]) for index, size in enumerate(sizes)]
 
 
 def _wait(future: "Future[Value]", deadline: float) -> Value:
@@ -186,6 +186,8 @@ def _one_user(users: EncodedUsers, index: int) -> EncodedUsers:
 
 def _stack_users(users: list[EncodedUsers]) -> EncodedUsers:
     """Returns users encoded apart as one batch, padded on the right to the longest text."""
+    if len(users) == 1:
+        return users[0]
     widest = max(user.mask.shape[1] for user in users)
     padded = [(user, (0, widest - user.mask.shape[1])) for user in users]
     whole = (0, 0)
@@ -195,6 +197,13 @@ def _stack_users(users: list[EncodedUsers]) -> EncodedUsers:
         mask=np.concatenate([np.pad(user.mask, (whole, more)) for user, more in padded]),
         vectors_BD=np.concatenate([user.vectors_BD for user in users]),
     )
+
+
+def _stack_padded(arrays: list[NDArray[Number]]) -> NDArray[Number]:
+    """Returns arrays [N, ...] of several lengths as one [B, N, ...]; the last row of a shorter one is repeated."""
+    most = max(len(array) for array in arrays)
+    rows = [np.minimum(np.arange(most), len(array) - 1) for array in arrays]
+    return np.stack([array if len(array) == most else array[row] for array, row in zip(arrays, rows, strict=True)])
 
 
 class _Cache(Generic[Value]):

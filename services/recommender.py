@@ -15,7 +15,7 @@ import numpy as np
 
 from services.bodies import Asked, Degraded, RankedAnswer, RecommendedItem
 from services.candidates import Candidates, PoolRequest, build_pool
-from services.encodings import ItemEncodings
+from services.encodings import EncodedItems, ItemEncodings
 from services.explain import explain, gather_evidence
 from services.situation import flat_context, merge_context, profile_age_ms
 from services.slate import Slot, build_slate
@@ -33,7 +33,7 @@ from tailrace.ids import EventId, ItemId, ModelVersion
 from tailrace.items import Item
 from tailrace.profile import Profile, decode_profile
 from tailrace.settings import RankerSettings, SlateSettings
-from tailrace.text import now_interests, render_item, render_user
+from tailrace.text import now_interests, render_user
 
 # The share of a request's time that the text model may use; the rest is enough to answer without it.
 _TEXT_SHARE = 0.8
@@ -55,7 +55,7 @@ class TextModel(Protocol):
     def embed(self, text: str, deadline: float) -> Floats:
         """Returns float32 [D]: the unit vector of a text."""
 
-    def score(self, user: Any, rows_N: Rows, features_NF: Floats, deadline: float) -> tuple[Floats, Floats]:
+    def score(self, user: Any, items: EncodedItems, features_NF: Floats, deadline: float) -> tuple[Floats, Floats]:
         """Returns click logits [N] and ratings [N], 1 to 5."""
 
 
@@ -110,12 +110,12 @@ def recommend(
     stages.end("candidates")
 
     # 4. Fresh numbers beside the text.
-    cosines = make_cosines(drawn.vectors_ND, user_D, query_D, recent_RD)
+    cosines = make_cosines(drawn.encoded.vectors_ND, user_D, query_D, recent_RD)
     features_NF = compute_features(catalogue, drawn.rows_N, profile, context, query_D is not None, cosines, now_ms)
     stages.end("features")
 
     # 5. Scores: from the model, or from the prior where the model is not there in time.
-    scores_N, degraded = _score(model, user, drawn.rows_N, features_NF, slate_settings.rating_weight, deadline)
+    scores_N, degraded = _score(model, user, drawn.encoded, features_NF, slate_settings.rating_weight, deadline)
     if asked.profile_missing and degraded == "none":
         degraded = "no_profile"
     stages.end("score")
@@ -123,7 +123,7 @@ def recommend(
     # 6. The slate: relevance, diversity, a little exploration.
     slots = build_slate(
         scores_N,
-        drawn.vectors_ND,
+        drawn.encoded.vectors_ND,
         [item.tags for item in drawn.items_N],
         n=request.n,
         diversity=slate_settings.diversity,
@@ -145,7 +145,7 @@ def recommend(
             [drawn.sources_N[slot.index] for slot in slots],
             [slot.explored for slot in slots],
             profile,
-            drawn.vectors_ND[placed],
+            drawn.encoded.vectors_ND[placed],
             recent,
             recent_RD,
             now_ms,
@@ -208,9 +208,8 @@ class DrawnUp:
 
     rows_N: Rows
     items_N: list[Item]
-    texts_N: list[str]
     sources_N: list[str]
-    vectors_ND: Floats
+    encoded: EncodedItems
 
 
 def _encode(model: TextModel, text: str, query: str | None, deadline: float) -> tuple[Any, Floats | None]:
@@ -221,13 +220,13 @@ def _encode(model: TextModel, text: str, query: str | None, deadline: float) -> 
 
 
 def _score(
-    model: TextModel, user: Any, rows_N: Rows, features_NF: Floats, rating_weight: float, deadline: float
+    model: TextModel, user: Any, items: EncodedItems, features_NF: Floats, rating_weight: float, deadline: float
 ) -> tuple[Floats, Degraded]:
-    if len(rows_N) == 0:
+    if len(features_NF) == 0:
         return np.zeros(0, dtype=np.float32), "none" if user is not None else "no_text"
     if user is not None:
         try:
-            clicks_N, ratings_N = model.score(user, rows_N, features_NF, deadline)
+            clicks_N, ratings_N = model.score(user, items, features_NF, deadline)
             return clicks_N + rating_weight * (ratings_N - _NEUTRAL_RATING), "none"
         except OPTIONAL_FAILURES:
             pass  # the caller is told by the rung, and the rungs are counted
@@ -242,17 +241,12 @@ def _recent_vectors(encodings: ItemEncodings, catalogue: Catalogue, profile: Pro
 
 
 def _draw_up(pool: Candidates, catalogue: Catalogue, encodings: ItemEncodings) -> DrawnUp:
-    ready_N = encodings.ready(pool.rows_N).tolist()
-    items = zip(pool.rows_N.tolist(), catalogue.items_at(pool.rows_N), pool.sources_N, ready_N, strict=True)
-    kept = [(row, item, source) for row, item, source, is_ready in items if item is not None and is_ready]
-    rows = [row for row, _, _ in kept]
-    return DrawnUp(
-        rows_N=np.array(rows, dtype=np.int64),
-        items_N=[item for _, item, _ in kept],
-        texts_N=[encodings.texts[row] or render_item(item) for row, item, _ in kept],
-        sources_N=[source for _, _, source in kept],
-        vectors_ND=encodings.vectors[rows],
-    )
+    items = zip(pool.rows_N.tolist(), catalogue.items_at(pool.rows_N), pool.sources_N, strict=True)
+    live = [(row, item, source) for row, item, source in items if item is not None]
+    rows = np.array([row for row, _, _ in live], dtype=np.int64)
+    ready, encoded = encodings.gather(rows)
+    kept = [one for one, is_ready in zip(live, ready.tolist(), strict=True) if is_ready]
+    return DrawnUp(rows[ready], [item for _, item, _ in kept], [source for _, _, source in kept], encoded)
 
 
 def _as_item(drawn: DrawnUp, slot: Slot, reasons: list[str] | None) -> RecommendedItem:
@@ -271,7 +265,7 @@ def _as_item(drawn: DrawnUp, slot: Slot, reasons: list[str] | None) -> Recommend
 def _as_ranked(drawn: DrawnUp, features_NF: Floats, scores_N: Floats, index: int, slot: Slot | None) -> Ranked:
     return Ranked(
         item_id=drawn.items_N[index].item_id,
-        text=drawn.texts_N[index],
+        text=drawn.encoded.texts_N[index],
         features=encode_features(features_NF[index]),
         score=float(scores_N[index]),
         source=drawn.sources_N[index],

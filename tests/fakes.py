@@ -8,9 +8,9 @@ import msgspec
 import numpy as np
 
 from services.bodies import Asked, ModelStatus
-from services.encodings import Arrays, ItemEncodings
+from services.encodings import Arrays, EncodedItems, ItemEncodings
 from services.pages import SimilarItem
-from tailrace.catalogue import Catalogue, Rows
+from tailrace.catalogue import Catalogue
 from tailrace.cosines import Floats
 from tailrace.errors import TailraceError
 from tailrace.ids import ItemId, ModelVersion
@@ -75,11 +75,11 @@ class WordModel:
     def embed(self, text: str, deadline: float) -> Floats:
         return self._words.vector(text)
 
-    def score(self, user: Any, rows_N: Rows, features_NF: Floats, deadline: float) -> tuple[Floats, Floats]:
+    def score(self, user: Any, items: EncodedItems, features_NF: Floats, deadline: float) -> tuple[Floats, Floats]:
         if self.score_failure is not None:
             raise self.score_failure
-        clicks: Floats = self.encodings.vectors[rows_N] @ user.vectors_BD[0]
-        return clicks, np.full(len(rows_N), 3.0, dtype=np.float32)
+        clicks: Floats = items.vectors_ND @ user.vectors_BD[0]
+        return clicks, np.full(len(clicks), 3.0, dtype=np.float32)
 
 
 class FixedRanker:

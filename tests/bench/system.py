@@ -25,7 +25,7 @@ from tailrace.topics import tailrace_topics
 from tests.bench.report import Row
 from tests.servers import free_port
 
-_CLICKS = 500
+_CLICKS = 500  # of each path, through each of two eyes
 _USERS = 50
 _RATES = (1, 10, 20)
 _RATE_S = 20.0
@@ -73,7 +73,7 @@ async def _click_to_visible(client: httpx.AsyncClient, item_ids: list[ItemId], s
     ranking_ms: dict[str, list[float]] = {"HTTP": [], "Kafka": []}
     sent: Counter[str] = Counter()
     run = uuid.uuid4().hex[:8]
-    for number in track(range(2 * _CLICKS), "click to visible"):
+    for number in track(range(4 * _CLICKS), "click to visible"):
         path = "HTTP" if number % 2 else "Kafka"
         # Each fourth click is seen through rankings alone; the others through the profile a ranking would read.
         through_rankings = number % 4 < 2

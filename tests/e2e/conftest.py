@@ -1,6 +1,5 @@
 """The whole service, once for the tests of this package, since a process has one Ray at a time."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,14 +8,13 @@ import pytest
 
 from deploy.ray_cluster import ray_cluster
 from services.app import start_serving, stop_serving
-from stream.bound_process import start_bound
 from stream.broker import LocalKafka
 from tailrace.features import FEATURE_NAMES, PRIOR_WEIGHTS
 from tailrace.ids import ModelVersion
 from tailrace.kafka_clients import create_topics
 from tailrace.registry import Registry, open_registry
 from tailrace.settings import Settings, load_settings
-from tests.e2e.scene import Scene, book, until
+from tests.e2e.scene import Scene, StreamWorker, book, until
 from tests.servers import free_port
 from training.export import build_version_zero
 
@@ -43,19 +41,17 @@ def scene(kafka: LocalKafka, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     _publish_bundles(folder / "bundle", registry)
     registry.promote(ModelVersion("v1"))
     (folder / "tailrace.toml").write_text(_toml(settings))
-    command = [sys.executable, "-m", "stream.worker", "--settings", "tailrace.toml", "--partitions", "0,1"]
-    worker = start_bound(command, folder / "worker.log", folder=folder)
+    worker = StreamWorker(folder)
     with ray_cluster():
         url = start_serving(settings)
         with httpx.Client(base_url=url, timeout=20.0) as client:
-            found = Scene(settings, client, registry, folder / "bundle")
+            found = Scene(settings, client, registry, folder / "bundle", worker)
             found.produce_items([book(number) for number in range(NUM_BOOKS)])
             until(lambda: client.get("/readyz"), lambda response: response.status_code == 200, timeout_s=60)
             until(lambda: found.statuses()[0]["items"], lambda items: items == NUM_BOOKS, timeout_s=60)
             yield found
         stop_serving()
-    worker.terminate()
-    worker.wait(10)
+    worker.stop()
 
 
 def _publish_bundles(folder: Path, registry: Registry) -> None:

@@ -1,5 +1,7 @@
 """A running service as its clients see it: an HTTP address and a broker. Polls with deadlines, never sleeps blindly."""
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,7 +10,10 @@ from typing import Any, TypeVar
 from uuid import uuid4
 
 import httpx
+import ray
+from ray.util import list_named_actors
 
+from stream.bound_process import start_bound
 from tailrace.events import encode
 from tailrace.ids import ItemId
 from tailrace.items import Fact, Item
@@ -35,6 +40,29 @@ def book(number: int) -> Item:
     )
 
 
+class StreamWorker:
+    """The process that folds events, which a test may kill. It reads `tailrace.toml` in its folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._process = self._start()
+
+    def kill(self) -> None:
+        """Ends it at once, without a farewell, and starts another."""
+        self._process.kill()
+        self._process.wait(10)
+        self._process = self._start()
+
+    def stop(self) -> None:
+        """Asks it to stop and waits."""
+        self._process.terminate()
+        self._process.wait(10)
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "stream.worker", "--settings", "tailrace.toml", "--partitions", "0,1"]
+        return start_bound(command, self._folder / "worker.log", folder=self._folder)
+
+
 @dataclass(frozen=True)
 class Scene:
     """What a test of the whole service works with."""
@@ -43,6 +71,7 @@ class Scene:
     client: httpx.Client
     registry: Registry
     bundle: Path
+    worker: StreamWorker
 
     def recommend(self, user_id: str, **fields: Any) -> dict[str, Any]:
         """Returns an answer, which must be a good one."""
@@ -63,6 +92,14 @@ class Scene:
         for sent in [producer.send(name, encode(item), item.item_id.encode()) for item in items]:
             sent.get(timeout=10)
         producer.close()
+
+
+def kill_replicas(deployment: str) -> None:
+    """Ends the processes of a deployment's replicas at once, without a farewell."""
+    found = [one for one in list_named_actors(all_namespaces=True) if f"#{deployment}#" in one["name"]]
+    assert found, f"no replica of {deployment}"
+    for one in found:
+        ray.kill(ray.get_actor(one["name"], namespace=one["namespace"]))
 
 
 def new_user() -> str:

@@ -7,12 +7,10 @@ from pathlib import Path
 from uuid import uuid4
 
 import httpx
-import ray
-from ray.util import list_named_actors
 
 from tailrace.ids import ModelVersion
 from tailrace.registry import announce
-from tests.e2e.scene import Scene, book, new_user, until
+from tests.e2e.scene import Scene, book, kill_replicas, new_user, until
 from tests.servers import listening_beyond_loopback
 
 
@@ -90,33 +88,42 @@ def test_forgotten_user_is_unknown(scene: Scene) -> None:
     until(lambda: scene.client.get(profile).status_code, lambda status: status == 404)
 
 
-def test_swap_in_place_fails_no_request_and_damaged_bundle_changes_nothing(scene: Scene) -> None:
-    async def swap() -> tuple[set[str], list[str]]:
-        versions: set[str] = set()
-        rungs: list[str] = []
+def test_swap_in_place_fails_no_request_and_no_answer_after_it_is_old(scene: Scene) -> None:
+    serving = scene.statuses()[0]["serving"]
+    other = ModelVersion("v2" if serving == "v1" else "v1")
+    swaps = scene.statuses()[0]["swaps"]
+    answers: list[tuple[float, int, str, str]] = []  # sent at, status, version, rung
+
+    async def ask_until(client: httpx.AsyncClient, done: asyncio.Event) -> None:
+        while not done.is_set():
+            sent_at = time.monotonic()
+            response = await client.post("/v1/recommendations", json={"user_id": new_user(), "dry_run": True})
+            answer = response.json()
+            answers.append((sent_at, response.status_code, answer.get("model_version"), answer.get("degraded")))
+
+    async def wait_for(num_answers: int, version: str) -> None:
+        async with asyncio.timeout(60):
+            while sum(found[2] == version for found in answers) < num_answers:
+                await asyncio.sleep(0.02)
+
+    async def swap() -> float:
         done = asyncio.Event()
-
-        async def ask(client: httpx.AsyncClient) -> None:
-            while not done.is_set():
-                response = await client.post("/v1/recommendations", json={"user_id": new_user(), "dry_run": True})
-                assert response.status_code == 200, response.text
-                versions.add(response.json()["model_version"])
-                rungs.append(response.json()["degraded"])
-
         async with httpx.AsyncClient(base_url=scene.client.base_url, timeout=20.0) as client:
-            asking = [asyncio.create_task(ask(client)) for _ in range(2)]
-            serving = scene.statuses()[0]["serving"]
-            other = ModelVersion("v2" if serving == "v1" else "v1")
-            announcement = scene.registry.promote(other)
-            await asyncio.to_thread(announce, scene.settings.kafka, announcement)
-            await asyncio.to_thread(until, scene.statuses, lambda statuses: statuses[0]["serving"] == other, 30.0)
+            asking = [asyncio.create_task(ask_until(client, done)) for _ in range(2)]
+            await wait_for(10, serving)
+            await asyncio.to_thread(announce, scene.settings.kafka, scene.registry.promote(other))
+            await asyncio.to_thread(until, scene.statuses, lambda found: found[0]["serving"] == other, 60.0)
+            flipped_at = time.monotonic()
+            await wait_for(10, other)
             done.set()
             await asyncio.gather(*asking)
-        return versions, rungs
+        return flipped_at
 
-    versions, rungs = asyncio.run(swap())
-    assert {"v1", "v2"} >= versions and len(versions) >= 1
-    assert set(rungs) == {"none"} and len(rungs) > 5
+    flipped_at = asyncio.run(swap())
+    assert {(status, rung) for _, status, _, rung in answers} == {(200, "none")}
+    assert {version for _, _, version, _ in answers} == {serving, other}
+    assert {version for sent_at, _, version, _ in answers if sent_at > flipped_at} == {other}
+    assert scene.statuses()[0]["swaps"] == swaps + 1
 
 
 def test_overload_is_answered_429_with_retry_after_and_does_not_pile_up(scene: Scene) -> None:
@@ -183,11 +190,3 @@ def test_killed_gateway_comes_back(scene: Scene) -> None:
 
     until(ask, lambda status: status == 200, timeout_s=60)
     until(lambda: scene.client.get("/readyz").status_code, lambda status: status == 200, timeout_s=30)
-
-
-def kill_replicas(deployment: str) -> None:
-    """Ends the processes of a deployment's replicas at once, without a farewell."""
-    found = [one for one in list_named_actors(all_namespaces=True) if f"#{deployment}#" in one["name"]]
-    assert found, f"no replica of {deployment}"
-    for one in found:
-        ray.kill(ray.get_actor(one["name"], namespace=one["namespace"]))

@@ -211,12 +211,14 @@ def test_users_cached_and_stacked_score_as_they_do_alone(bundle: Path, tmp_path:
     while model.catch_up(catalogue):
         pass
     deadline = time.monotonic() + 30
-    rows, features = np.arange(6), np.zeros((6, len(FEATURE_NAMES)), dtype=np.float32)
+    features = np.zeros((6, len(FEATURE_NAMES)), dtype=np.float32)
+    _, items = model.encodings.gather(np.arange(6))
+    _, first_four = model.encodings.gather(np.arange(4))
     users = [model.encode_user(text, deadline) for text in ("short", "a much longer text about a user who reads")]
     assert model.encode_user("short", deadline) is users[0]
-    alone = [model.score(user, rows, features, deadline)[0] for user in users]
+    alone = [model.score(user, items, features, deadline)[0] for user in users]
 
-    jobs = [ScoreJob(users[0], rows[:4], features[:4]), ScoreJob(users[1], rows, features)]
+    jobs = [ScoreJob(users[0], first_four, features[:4]), ScoreJob(users[1], items, features)]
     together = model.score_together(jobs)
     np.testing.assert_allclose(together[0][0], alone[0][:4], atol=0.05)
     np.testing.assert_allclose(together[1][0], alone[1], atol=0.05)

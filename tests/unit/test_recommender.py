@@ -18,7 +18,8 @@ from tailrace.ids import RequestId
 from tailrace.items import Item
 from tailrace.profile import Profile, encode_profile
 from tailrace.settings import RankerSettings, SlateSettings
-from tests.fakes import WordModel
+from tailrace.text import render_item
+from tests.fakes import WordModel, WordVectors
 
 NOW_MS = 1_790_000_000_000
 SUBJECTS = ("ghosts", "ships", "gardens", "machines", "letters")
@@ -124,6 +125,28 @@ def test_impression_holds_exactly_what_was_ranked_on() -> None:
         assert decode_features(ranked.features).shape == (len(FEATURE_NAMES),)
     assert all(0 < (shown.propensity or 0) <= 1 for shown in impression.shown)
     assert {shown.item_id for shown in impression.shown}.isdisjoint(lost.item_id for lost in impression.unshown)
+
+
+def test_item_that_changes_while_it_is_ranked_is_logged_as_it_was_ranked() -> None:
+    catalogue = make_catalogue()
+
+    class Meanwhile(WordModel):
+        def score(self, user, items, features_NF, deadline):  # type: ignore[no-untyped-def]
+            for item_id in ("i3", "i4"):
+                changed = Item(item_id=item_id, title="Something else entirely")
+                catalogue.apply_item(item_id, encode(changed), NOW_MS)
+            while self.encodings.catch_up(WordVectors(), catalogue):
+                pass
+            return super().score(user, items, features_NF, deadline)
+
+    texts = {i: catalogue.item(i) for i in ("i3", "i4")}
+    model = Meanwhile(catalogue)
+    shown = impression_of(recommend(ask(candidates=["i3", "i4"]), catalogue, model, RANKER, SLATE)).shown
+    user_vector = WordVectors().vector(model.user_texts[0])
+    for ranked in shown:
+        was = texts[ranked.item_id]
+        assert was is not None and ranked.text == render_item(was)
+        assert ranked.score == pytest.approx(float(WordVectors().vector(ranked.text) @ user_vector), abs=1e-5)
 
 
 def test_dry_run_makes_no_impression() -> None:
