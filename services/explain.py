@@ -157,7 +157,7 @@ def _interest_reasons(evidence: Evidence, interests: Mapping[str, float]) -> lis
 def _covisit_reasons(evidence: Evidence) -> list[tuple[float, str]]:
     if not evidence.covisit_title:
         return []
-    return [(max(_value(evidence, "covisit"), 0.1), f"others who read {evidence.covisit_title} also read this")]
+    return [(max(_value(evidence, "covisit"), 0.1), f"others who opened {evidence.covisit_title} opened this too")]
 
 
 def _popular_reasons(evidence: Evidence) -> list[tuple[float, str]]:

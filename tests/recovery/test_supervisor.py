@@ -73,29 +73,33 @@ def _wait_for_workers(count: int) -> dict[str, Progress]:
 def test_killed_and_stalled_workers_are_replaced_and_lose_nothing(scene: MakeScene) -> None:
     port = free_port()
     here = scene(metrics_port=port, stall_s=8.0)
+
+    def metric(sample: str) -> float:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+            values = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if line[0] != "#")
+        return float(values.get(sample, "-1"))
+
+    restarts = 'tailrace_stream_restarts_total{worker="0"}'
     with _supervised(here):
         [first] = _wait_for_workers(1).values()
         produce(here.settings, seed=11, count=500)
         here.wait_for_the_end()
 
+        wait_until(lambda: metric('tailrace_stream_events_total{worker="0"}') > 0, "the supervisor knows the worker")
         os.kill(first.pid, signal.SIGKILL)
         produce(here.settings, seed=12, count=500)
         here.wait_for_the_end()
         [second] = _wait_for_workers(1).values()
         assert second.pid != first.pid
 
+        wait_until(lambda: metric(restarts) == 1, "a restart is counted")
         os.kill(second.pid, signal.SIGSTOP)  # alive, and of no use
         produce(here.settings, seed=13, count=500)
         here.wait_for_the_end()
         [third] = _wait_for_workers(1).values()
         assert third.pid != second.pid
 
-        def metric(sample: str) -> float:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
-                values = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if line[0] != "#")
-            return float(values.get(sample, "-1"))
-
-        wait_until(lambda: metric('tailrace_stream_restarts_total{worker="0"}') >= 2, "two restarts are counted")
+        wait_until(lambda: metric(restarts) == 2, "two restarts are counted")
         wait_until(lambda: metric('tailrace_stream_lag_records{partition="1"}') == 0, "no lag is left")
         assert metric('tailrace_stream_events_total{worker="0"}') > 0
     assert _workers() == {}, "the supervisor stopped its workers"

@@ -44,7 +44,7 @@ def test_each_reason_is_given_on_its_evidence() -> None:
         "because you looked at Dracula"
     ]
     assert reasons(evidence(), tag__gothic=2.0, tag__science=1.0) == ["matches your interest in gothic"]
-    assert reasons(evidence(covisit_title="Dracula", covisit=1.0)) == ["others who read Dracula also read this"]
+    assert reasons(evidence(covisit_title="Dracula", covisit=1.0)) == ["others who opened Dracula opened this too"]
     assert reasons(evidence(log_users_1h=np.log1p(5), rank_log_users_1h=1.0)) == ["popular in the last hour"]
     assert reasons(evidence(log_users_24h=np.log1p(99), rank_log_users_24h=1.0, log_since_touch_2=np.log1p(1439))) == [
         "popular in the last day"
