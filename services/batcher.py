@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from tailrace.errors import Overloaded, TooLate
 
@@ -88,6 +88,9 @@ class Batcher(Generic[Job, Result]):
             self._stopped = True
             self._change.notify()
         self._thread.join(timeout=10)
+        # The callback leads back to whoever owns this batcher: without it, the owner is freed with its last user.
+        if not self._thread.is_alive():
+            self._run_batch = _refuse
 
     def _run(self) -> None:
         while True:
@@ -132,3 +135,7 @@ class Batcher(Generic[Job, Result]):
         self._job_s += _SMOOTHING * (taken_s - self._job_s) if self._job_s else taken_s
         for waiting, result in zip(live, results, strict=True):
             waiting.future.set_result(result)
+
+
+def _refuse(jobs: list[Any]) -> list[Any]:
+    raise AssertionError("a stopped batcher takes no jobs")

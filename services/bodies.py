@@ -99,10 +99,28 @@ class RankedAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     waiting: int = 0
 
 
-class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """What a replica has loaded. `refused` maps versions to why they could not be; `pending`: items to be encoded."""
+class VersionStats(msgspec.Struct, frozen=True, kw_only=True):
+    """How a version has done in a replica since it was loaded there; times are of its newest answers.
 
+    `below_top`: requests that missed the top rung. `errors`: those in which the model itself failed.
+    """
+
+    requests: int
+    below_top: int
+    errors: int
+    score_p50_ms: float | None
+    score_p99_ms: float | None
+
+
+class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What a replica has loaded. `refused` maps versions to why they could not be; `pending`: items to be encoded.
+
+    `replica` names the replica for as long as it lives; `swaps` counts changes of the champion.
+    """
+
+    replica: str = ""
     serving: ModelVersion | None
+    canary: ModelVersion | None = None
     precision: str | None
     loading: ModelVersion | None
     refused: dict[ModelVersion, str]
@@ -110,6 +128,7 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     pending: int
     waiting: int
     swaps: int
+    versions: dict[ModelVersion, VersionStats] = {}
 
 
 Body = TypeVar("Body")

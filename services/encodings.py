@@ -5,7 +5,9 @@ the memory for an error far below int8's. The text an item was encoded from stay
 impression logs exactly what was ranked on.
 """
 
+import contextlib
 import hashlib
+import os
 import threading
 import zipfile
 from collections.abc import Sequence
@@ -28,6 +30,7 @@ Arrays = tuple[States, Flags, Floats]  # states [N,T,H], their mask [N,T], unit 
 
 _CHUNK = 32  # items per pass of the model
 _DIGEST_BYTES = 16
+_MAX_CACHE_FILES = 4
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,24 @@ class EncodedItems:
     vectors_ND: Floats
 
 
+def cache_file(cache_dir: Path, bundle: Path, precision: str, max_item_tokens: int) -> Path:
+    """Returns where the encodings that a bundle makes are kept: one file for all versions that encode items alike.
+
+    Files of encoders that have not been used of late are removed.
+    """
+    digest = hashlib.sha256(f"{precision} {max_item_tokens}".encode())
+    for name in (f"{precision}/item_encoder.onnx", f"{precision}/words.bin", "tokenizer.json"):
+        with (bundle / name).open("rb") as reader:
+            digest.update(hashlib.file_digest(reader, "sha256").digest())
+    found = cache_dir / f"{digest.hexdigest()[:32]}.npz"
+    with contextlib.suppress(FileNotFoundError):  # not there yet; or another replica removes one at the same time
+        others = sorted(cache_dir.glob("*.npz"), key=lambda file: (file == found, file.stat().st_mtime))
+        for file in others[:-_MAX_CACHE_FILES]:
+            file.unlink()
+        os.utime(found)  # used of late
+    return found
+
+
 class ItemEncoder(Protocol):
     """The half of a model that this module needs."""
 
@@ -50,7 +71,7 @@ class ItemEncoder(Protocol):
 class ItemEncodings:
     """Vectors and states by row. One thread calls `catch_up` and `save`; any thread reads.
 
-    `cache_file` keeps them on disk by the digest of the text, for the same model version started again.
+    `cache_file` keeps them on disk by the digest of the text, for the same item encoder started again.
     """
 
     def __init__(self, vector_size: int, cache_file: Path | None = None) -> None:

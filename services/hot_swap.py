@@ -1,15 +1,11 @@
-"""Keeps one replica's model current: swaps versions in place, and encodes items as they come and change.
+"""Keeps one replica's models current: follows the registry's pointer, and encodes items as they come and change.
 
-One reference points at the model that serves. A swap loads the next one aside, and only then changes the reference:
+One reference points at the arrangement that serves: the champion, and a canary where there is one. The next version is
+loaded aside (`load_aside.py`), and only then the reference changes. Requests in flight finish on the model they began
+with, which then ends. A canary that becomes the champion is loaded already; one that is rolled back leaves at once.
 
-1. Fetch the bundle and verify its checksums.
-2. Open its sessions, and check that it takes the input we make.
-3. Encode the catalogue with it, from the disk where it can.
-4. Warm it up on recent requests.
-5. Flip. Requests in flight finish on the old model, which then ends.
-
-A bundle that fails in 1 to 4 changes nothing: the old model serves on, and status and log say why. It is tried again
-when it is announced again, and at every look at the pointer as long as there is no old model.
+A bundle that is refused changes nothing: the old models serve on, and status and log say why. It is tried again when
+it is announced again, and at every look at the pointer as long as nothing serves.
 """
 
 import threading
@@ -17,17 +13,22 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from math import isfinite
+from typing import Any
+from uuid import uuid4
 
 import msgspec
 import structlog
 
-from services.bodies import Asked, ModelStatus, RankedAnswer, RecommendationRequest
+from services.arrangement import Arrangement, arrange, missing_version
+from services.bodies import Asked, ModelStatus
+from services.load_aside import WarmUp, load_aside
 from services.loaded_model import LoadedModel
+from services.tally import VersionTally
 from tailrace.catalogue import Catalogue
 from tailrace.errors import BundleError, NotReady, TailraceError
 from tailrace.events import ModelAnnouncement, decode
-from tailrace.ids import ModelVersion, RequestId, UserId
+from tailrace.ids import ModelVersion, UserId
+from tailrace.pointer import Pointer
 from tailrace.registry import Registry
 from tailrace.settings import Settings
 
@@ -36,12 +37,13 @@ log = structlog.get_logger()
 _IDLE_S = 0.2  # between two looks at the catalogue, when nothing else wakes us
 _POINTER_INTERVAL_S = 30.0  # an announcement may be lost with the process that was to send it
 _SAVE_INTERVAL_S = 30.0
-_MAX_RECENT = 8
+_MAX_RECENT = 4
+_MAX_REMEMBERED = 8  # refusals, and tallies of retired models: enough to look at, and never more
 _announcement_decoder = msgspec.json.Decoder(ModelAnnouncement)
 
 
 class ModelSlot:
-    """Holds the model that serves, and replaces it. Two threads: one encodes items, one swaps."""
+    """Holds the models that serve, and replaces them. Two threads: one encodes items, one swaps."""
 
     def __init__(
         self,
@@ -51,7 +53,7 @@ class ModelSlot:
         *,
         load: Callable[..., LoadedModel] = LoadedModel.load,
         items_read: Callable[[], bool],
-        warm_up: Callable[[Asked, LoadedModel], RankedAnswer],
+        warm_up: WarmUp,
     ) -> None:
         """`items_read` says whether the catalogue holds what stood in its topic: no model serves half of one."""
         self._settings = settings
@@ -60,16 +62,19 @@ class ModelSlot:
         self._load = load
         self._items_read = items_read
         self._warm_up = warm_up
-        self._model: LoadedModel | None = None
+        self._replica = uuid4().hex[:8]
+        self._serving: Arrangement | None = None
+        self._aside: LoadedModel | None = None  # loaded, and not yet arranged
         self._loading: ModelVersion | None = None
         self._refused: dict[ModelVersion, str] = {}
+        self._tallies: dict[ModelVersion, VersionTally] = {}
         self._swaps = 0
         self._recent: deque[Asked] = deque(maxlen=_MAX_RECENT)
-        self._encoding = threading.Lock()  # held for a chunk of items
         self._reference = threading.Lock()  # held for an instant
         self._settled = threading.Event()
         self._stop = threading.Event()
         self._items_changed = threading.Event()
+        self._save_at = 0.0  # monotonic seconds
         self._look = threading.Event()
         self._threads = [
             threading.Thread(target=self._encode_items, name="encode-items", daemon=True),
@@ -77,34 +82,35 @@ class ModelSlot:
         ]
 
     def start(self) -> "ModelSlot":
-        """Starts both threads; the first model comes from the registry's pointer."""
+        """Starts both threads; the first models come from the registry's pointer."""
         for thread in self._threads:
             thread.start()
         return self
 
     def stop(self) -> None:
-        """Stops both threads and retires the model."""
+        """Stops both threads and retires the models."""
         self._stop.set()
         self._look.set()
         self._items_changed.set()
         for thread in self._threads:
             thread.join(timeout=10)
-        if self._model is not None:
-            self._model.retire()
+        for model in (*self._models(), self._aside):
+            if model is not None:
+                model.retire()
 
     def wait(self, timeout_s: float) -> bool:
         """Returns whether a model serves, once the first has been loaded or refused, or after `timeout_s`."""
         self._settled.wait(timeout_s)
-        return self._model is not None
+        return self._serving is not None
 
     @contextmanager
-    def lease(self) -> Iterator[LoadedModel]:
-        """Holds the model that serves for one request. Raises NotReady before the first one is loaded."""
+    def lease(self, user_id: UserId | None = None) -> Iterator[LoadedModel]:
+        """Holds the user's model for one request; without a user, the champion. Raises NotReady before the first."""
         with self._reference:
-            model = self._model
-            if model is None:
+            if self._serving is None:
                 why = "; ".join(f"{version}: {reason}" for version, reason in self._refused.items())
                 raise NotReady(f"no model is loaded yet{f' ({why})' if why else ''}")
+            model = self._serving.model_for(user_id)
             model.hold()
         try:
             yield model
@@ -122,23 +128,34 @@ class ModelSlot:
     def apply_announcement(self, key: str, value: bytes | None, at_ms: int) -> None:
         """Takes a record of `models` (fits `table_reader.ApplyRecord`): the pointer has moved, so look at it."""
         if value is not None:
-            version = decode(_announcement_decoder, value).version
-            self._refused.pop(version, None)  # announced again: worth another try
+            announced = decode(_announcement_decoder, value)
+            for version in (announced.version, announced.canary):
+                if version is not None:
+                    self._refused.pop(version, None)  # announced again: worth another try
             self._look.set()
 
     def status(self) -> ModelStatus:
-        """Returns what is loaded, what is on its way, and what was refused."""
-        model = self._model
+        """Returns what is loaded and how it does, what is on its way, and what was refused."""
+        serving, models = self._serving, self._models()
+        champion = None if serving is None else serving.champion
+        canary = None if serving is None else serving.canary
         return ModelStatus(
-            serving=None if model is None else model.version,
-            precision=None if model is None else model.precision,
+            replica=self._replica,
+            serving=None if champion is None else champion.version,
+            canary=None if canary is None else canary.version,
+            precision=None if champion is None else champion.precision,
             loading=self._loading,
             refused=dict(self._refused),
-            items=0 if model is None else model.encodings.num_ready,
-            pending=0 if model is None else model.encodings.num_pending,
-            waiting=0 if model is None else model.waiting,
+            items=min((model.encodings.num_ready for model in models), default=0),
+            pending=max((model.encodings.num_pending for model in models), default=0),
+            waiting=sum(model.waiting for model in models),
             swaps=self._swaps,
+            versions={version: tally.stats() for version, tally in list(self._tallies.items())},
         )
+
+    def _models(self) -> tuple[LoadedModel, ...]:
+        serving = self._serving
+        return () if serving is None else serving.models()
 
     # The swap.
 
@@ -148,82 +165,108 @@ class ModelSlot:
         while not self._stop.is_set():
             self._look.clear()
             try:
-                pointer = self._registry.pointer()
-                wanted = None if pointer is None else pointer.champion
-                if wanted is not None and self._wants(wanted):
-                    self._swap(wanted)
+                if self._follow_once():
+                    continue  # loading took its time, and the pointer may have moved meanwhile
             except (BundleError, OSError) as error:
                 log.error("the registry's pointer cannot be read", error=str(error))
             self._settled.set()
             self._look.wait(_POINTER_INTERVAL_S)
 
-    def _wants(self, version: ModelVersion) -> bool:
-        return self._model is None or (self._model.version != version and version not in self._refused)
+    def _follow_once(self) -> bool:
+        """Returns whether a model was loaded, and is to be arranged next."""
+        pointer = self._registry.pointer()
+        if pointer is None:
+            return False
+        # 1. What is loaded serves as the pointer says, at once.
+        self._arrange(pointer)
+        # 2. What is missing is loaded aside.
+        missing = missing_version(pointer, self._serving)
+        if missing is None or (self._serving is not None and missing in self._refused):
+            return False
+        self._aside = self._load_aside(missing)
+        return self._aside is not None
 
-    def _swap(self, version: ModelVersion) -> None:
-        started, model = time.monotonic(), None
+    def _arrange(self, pointer: Pointer) -> None:
+        before, aside = self._serving, self._aside
+        held = (*self._models(), *(() if aside is None else (aside,)))
+        planned = arrange(pointer, before, held)
+        with self._reference:
+            self._serving, self._aside = planned, None
+        serving, served = self._models(), () if before is None else before.models()
+        if planned is not None and serving != served:
+            self._swaps += before is None or planned.champion is not before.champion
+            self._tallies |= {model.version: model.tally for model in serving}
+            _forget_oldest(self._tallies, keep=[model.version for model in serving])
+            self._save_at = 0.0  # what was encoded for a new model is kept at once
+            versions = [model.version for model in serving]
+            log.info("models serve", versions=versions, canary_share=pointer.canary_share)
+            self._settled.set()
+        for model in held:
+            if model not in serving:
+                model.retire()
+
+    def _load_aside(self, version: ModelVersion) -> LoadedModel | None:
+        started = time.monotonic()
         self._loading = version
         try:
-            # 1. and 2. Fetch, verify, open, check.
-            folder = self._registry.fetch(version, self._settings.path("cache") / "bundles")
-            model = self._load(folder, version, self._settings)
-            # 3. Encode the catalogue.
-            while model.catch_up(self._catalogue) and not self._stop.is_set():
-                pass
-            # 4. Warm up.
-            for asked in list(self._recent) or [_FIRST_REQUEST]:
-                _require_sound(version, self._warm_up(asked, model))
+            model = load_aside(
+                version,
+                fetch=lambda: self._registry.fetch(version, self._settings.path("cache") / "bundles"),
+                load=lambda folder: self._load(folder, version, self._settings),
+                catalogue=self._catalogue,
+                requests=list(self._recent),
+                warm_up=self._warm_up,
+                unwanted=lambda: self._stop.is_set() or self._unwanted(version),
+            )
         except Exception as error:  # whatever is wrong with a bundle must not end this thread
+            self._refused.pop(version, None)
             self._refused[version] = str(error) if isinstance(error, TailraceError | OSError) else repr(error)
-            serving = None if self._model is None else self._model.version
-            log.exception("model refused; the old one serves on", version=version, serving=serving)
-            if model is not None:
-                model.retire()
-            return
+            _forget_oldest(self._refused, keep=[version])
+            serving = [model.version for model in self._models()]
+            log.exception("model refused; what serves serves on", version=version, serving=serving)
+            return None
         finally:
             self._loading = None
-        # 5. Flip. The encoding thread is between two chunks: only one thread at a time fills an encoding.
-        with self._encoding, self._reference:
-            old, self._model = self._model, model
-        self._swaps += 1
-        self._refused.pop(version, None)
-        log.info("model serves", version=version, took_s=round(time.monotonic() - started, 2))
-        if old is not None:
-            old.retire()
+        if model is not None:
+            self._refused.pop(version, None)
+            log.info("model loaded", version=version, took_s=round(time.monotonic() - started, 2))
+        return model
+
+    def _unwanted(self, version: ModelVersion) -> bool:
+        if not self._look.is_set():
+            return False
+        pointer = self._registry.pointer()
+        return pointer is None or version not in (pointer.champion, pointer.canary)
 
     # Items.
 
     def _encode_items(self) -> None:
-        save_at = time.monotonic() + _SAVE_INTERVAL_S
         while not self._stop.is_set():
             self._items_changed.wait(_IDLE_S)
             self._items_changed.clear()
+            while self._encode_chunks() and not self._stop.is_set():
+                pass
+            if time.monotonic() >= self._save_at:
+                self._save_at = time.monotonic() + _SAVE_INTERVAL_S
+                self._save_items()
+        self._save_items()
+
+    def _encode_chunks(self) -> bool:
+        """Returns whether more items wait, after a chunk for each model that serves."""
+        more = False
+        for model in self._models():
             try:
-                while self._encode_chunk() and not self._stop.is_set():
-                    pass
+                more |= model.catch_up(self._catalogue)
             except TailraceError as error:
-                log.error("items could not be encoded; trying again", error=str(error))
+                log.error("items could not be encoded; trying again", version=model.version, error=str(error))
                 self._stop.wait(1.0)
-            if self._model is not None and time.monotonic() >= save_at:
-                self._model.encodings.save()
-                save_at = time.monotonic() + _SAVE_INTERVAL_S
-        if self._model is not None:
-            self._model.encodings.save()
+        return more
 
-    def _encode_chunk(self) -> bool:
-        with self._encoding:
-            return self._model is not None and self._model.catch_up(self._catalogue)
+    def _save_items(self) -> None:
+        for model in self._models():
+            model.encodings.save()
 
 
-_FIRST_REQUEST = Asked(
-    request_id=RequestId("warm-up"),
-    request=RecommendationRequest(user_id=UserId("warm-up"), query="warm-up", dry_run=True),
-    profile=None,
-    now_ms=0,
-    budget_s=0.0,
-)
-
-
-def _require_sound(version: ModelVersion, answer: RankedAnswer) -> None:
-    if answer.degraded != "none" or not all(isfinite(item.score) for item in answer.items):
-        raise BundleError(f"{version} could not answer a request it was warmed up on")
+def _forget_oldest(held: dict[ModelVersion, Any], keep: list[ModelVersion]) -> None:
+    for version in [version for version in held if version not in keep][: max(len(held) - _MAX_REMEMBERED, 0)]:
+        held.pop(version, None)

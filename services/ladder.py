@@ -152,7 +152,7 @@ class Ladder:
     def _note(self, ranked: RankedAnswer) -> None:
         metrics = self._metrics
         metrics.answers.labels(ranked.degraded).inc()
-        metrics.note_model(ranked.model_version)
+        metrics.note_model(ranked.model_version, ranked.degraded, ranked.timings.get("score"))
         metrics.ranker_waiting.set(ranked.waiting)
         for stage, took_ms in ranked.timings.items():
             metrics.stages.labels(stage).observe(took_ms / 1000)

@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.batcher import Batcher
-from services.encodings import Arrays, EncodedItems, ItemEncodings
+from services.encodings import Arrays, EncodedItems, ItemEncodings, cache_file
 from services.scorer import EncodedUsers, Precision, Scorer
+from services.tally import VersionTally
 from tailrace.catalogue import Catalogue
 from tailrace.cosines import Floats
 from tailrace.errors import BundleError, ScoringError, TooLate
@@ -53,6 +54,9 @@ class LoadedModel:
         self.version = version
         self.precision = precision
         self.encodings = encodings
+        self.tally = VersionTally()
+        self.failures = 0
+        self.last_failure = ""
         self._scorer = scorer
         # int8 activations of one call share their scales, so on CPU each request is a call of its own: a user's scores
         # never depend on who else asks, and each is answered the moment it is done. A GPU computes in floats and is
@@ -81,7 +85,9 @@ class LoadedModel:
         card = scorer.card
         if tuple(card.feature_names) != FEATURE_NAMES or str(card.text_version) != str(TEXT_VERSION):
             raise BundleError(f"{version} was trained on other features or text than this program makes")
-        cache = settings.path("cache") / "items" / f"{version}-{precision}.npz" if ranker.item_text_cache else None
+        cache = None
+        if ranker.item_text_cache:
+            cache = cache_file(settings.path("cache") / "items", folder, precision, card.max_item_tokens)
         return cls(version, precision, scorer, ItemEncodings(card.hidden_size, cache), settings)
 
     @property
@@ -93,7 +99,7 @@ class LoadedModel:
         """Returns the user's text as the model sees it (B = 1). Raises TooLate, Overloaded or ScoringError."""
         held = self._users.get(text)
         if held is None:
-            held = _wait(self._encoding.submit(text, deadline), deadline)
+            held = self._encode(text, deadline)
             self._users.put(text, held, held.keys.nbytes + held.values.nbytes)
         return held
 
@@ -101,7 +107,7 @@ class LoadedModel:
         """Returns float32 [D]: the unit vector of a text. Raises TooLate, Overloaded or ScoringError."""
         held = self._queries.get(text)
         if held is None:
-            held = _wait(self._encoding.submit(text, deadline), deadline).vectors_BD[0].copy()
+            held = self._encode(text, deadline).vectors_BD[0].copy()
             self._queries.put(text, held, 1)
         return held
 
@@ -109,14 +115,17 @@ class LoadedModel:
         self, user: EncodedUsers, items: EncodedItems, features_NF: Floats, deadline: float
     ) -> tuple[Floats, Floats]:
         """Returns click logits [N] and ratings [N]. Raises TooLate, Overloaded or ScoringError."""
-        return _wait(self._scoring.submit(ScoreJob(user, items, features_NF), deadline), deadline)
+        clicks_N, ratings_N = _wait(self._scoring.submit(ScoreJob(user, items, features_NF), deadline), deadline)
+        if not (np.isfinite(clicks_N).all() and np.isfinite(ratings_N).all()):
+            raise self._failed("scores are not finite")
+        return clicks_N, ratings_N
 
     def encode_items(self, texts: Sequence[str]) -> Arrays:
         """Returns states, mask and vectors of items with these texts; runs in the caller's thread."""
         try:
             encoded = self._scorer.encode_items(texts)
         except Exception as error:  # ONNX Runtime's exceptions share no other base
-            raise ScoringError(f"{self.version}: encoding items failed: {error}") from error
+            raise self._failed(f"encoding items failed: {error}") from error
         return encoded.states_NTH, encoded.mask_NT, encoded.vectors_ND
 
     def catch_up(self, catalogue: Catalogue) -> bool:
@@ -146,18 +155,30 @@ class LoadedModel:
             self._encoding.stop()
             self._scoring.stop()
 
+    def _encode(self, text: str, deadline: float) -> EncodedUsers:
+        encoded = _wait(self._encoding.submit(text, deadline), deadline)
+        if not np.isfinite(encoded.vectors_BD).all():
+            raise self._failed("a user's vector is not finite")
+        return encoded
+
+    def _failed(self, why: str) -> ScoringError:
+        """Returns the error to raise, and remembers it."""
+        self.failures += 1
+        self.last_failure = why
+        return ScoringError(f"{self.version}: {why}")
+
     def _run_encode(self, texts: list[str]) -> list[EncodedUsers]:
         try:
             users = self._scorer.encode_users(texts)
         except Exception as error:  # ONNX Runtime's exceptions share no other base
-            raise ScoringError(f"{self.version}: encoding a user failed: {error}") from error
+            raise self._failed(f"encoding a user failed: {error}") from error
         return [_one_user(users, index) for index in range(len(texts))]
 
     def _run_score(self, jobs: list[ScoreJob]) -> list[tuple[Floats, Floats]]:
         try:
             return self.score_together(jobs)
         except Exception as error:  # as above
-            raise ScoringError(f"{self.version}: scoring failed: {error}") from error
+            raise self._failed(f"scoring failed: {error}") from error
 
     def score_together(self, jobs: list[ScoreJob]) -> list[tuple[Floats, Floats]]:
         """Returns click logits and ratings of each job: padded to the largest of them and scored in one call."""

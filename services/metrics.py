@@ -4,6 +4,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 _SECONDS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
 _STAGE_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5)
+_MAX_VERSIONS = 8
 
 
 class GatewayMetrics:
@@ -29,12 +30,36 @@ class GatewayMetrics:
             "tailrace_ranker_waiting", "jobs in the queues of the ranker replica last heard of", registry=held
         )
         self.model = Gauge("tailrace_model_info", "1 for the version of the last answer", ["version"], registry=held)
+        self.version_answers = Counter(
+            "tailrace_version_answers", "answers by model version and rung", ["version", "degraded"], registry=held
+        )
+        self.version_score = Histogram(
+            "tailrace_version_score_seconds",
+            "time to score by model version",
+            ["version"],
+            buckets=_STAGE_SECONDS,
+            registry=held,
+        )
+        self._rungs: dict[str, set[str]] = {}  # of each version counted apart, longest unheard of first
+        self._timed: set[str] = set()
         self._version = ""
         for outcome in ("produced", "dropped"):
             self.impressions.labels(outcome)
 
-    def note_model(self, version: str) -> None:
-        """Notes which model answered last."""
+    def note_model(self, version: str, degraded: str, score_ms: float | None) -> None:
+        """Counts an answer for the model that gave it, and notes that it was the last. Old versions are forgotten."""
+        self.version_answers.labels(version, degraded).inc()
+        if score_ms is not None and degraded in ("none", "no_profile"):  # the prior alone is no time to score
+            self.version_score.labels(version).observe(score_ms / 1000)
+            self._timed.add(version)
+        self._rungs[version] = self._rungs.pop(version, set()) | {degraded}
+        if len(self._rungs) > _MAX_VERSIONS:
+            forgotten = next(iter(self._rungs))
+            for rung in self._rungs.pop(forgotten):
+                self.version_answers.remove(forgotten, rung)
+            if forgotten in self._timed:
+                self._timed.remove(forgotten)
+                self.version_score.remove(forgotten)
         if version != self._version:
             self.model.clear()
             self.model.labels(version).set(1)

@@ -11,7 +11,7 @@ from services.event_intake import IntakeAnswer
 from services.pages import ItemPage, ProfilePage, SimilarPage
 from services.problem import MEDIA_TYPE, ProblemDetails
 from tailrace.events import Click, Context, Rating
-from tailrace.registry import Pointer
+from tailrace.pointer import Pointer
 
 _REF = "#/components/schemas/"
 _EVENTS = {"click": Click, "rating": Rating, "context": Context}

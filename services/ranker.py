@@ -83,12 +83,18 @@ class Ranker:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _rank(self, asked: Asked, received: float) -> RankedAnswer:
-        with self.slot.lease() as model:
+        with self.slot.lease(asked.request.user_id) as model:
             # Waiting for a thread has cost some of the budget.
             left_s = asked.budget_s - (time.monotonic() - received)
             if left_s <= 0:
                 raise TooLate("the deadline passed while the request waited for a thread; nobody waits for it now")
-            answer = self._recommend(msgspec.structs.replace(asked, budget_s=left_s), model)
+            failures = model.failures
+            try:
+                answer = self._recommend(msgspec.structs.replace(asked, budget_s=left_s), model)
+            except Exception:
+                model.tally.note_no_answer()
+                raise
+            model.tally.note_answer(answer, failed=model.failures > failures)
             self.slot.note_request(asked)
             return msgspec.structs.replace(answer, waiting=model.waiting)
 

@@ -3,10 +3,6 @@
 An error Tailrace raises on purpose is one line on stderr and exit code 1; Ctrl-C is exit code 130.
 """
 
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +10,11 @@ import click
 import msgspec
 
 from tailrace import cli_import
+from tailrace.cli_evaluate import evaluate
+from tailrace.cli_lab import lab
 from tailrace.cli_models import models
-from tailrace.cli_session import Session, as_json
+from tailrace.cli_session import Session, as_json, ray_address, stop_on_signals
+from tailrace.cli_train import rounds, train
 from tailrace.errors import BrokerUnavailable, TailraceError
 from tailrace.kafka_clients import create_topics
 from tailrace.schemas import PUBLIC_TYPES, json_schemas
@@ -53,6 +52,10 @@ def main(ctx: click.Context, file: Path | None) -> None:
 main.add_command(cli_import.import_command)
 main.add_command(cli_import.replay_command)
 main.add_command(models)
+main.add_command(train)
+main.add_command(lab)
+main.add_command(rounds)
+main.add_command(evaluate)
 
 
 # -- contracts and settings ----------------------------------------------------------------------------------------
@@ -92,7 +95,7 @@ def broker(session: Session, port: int | None) -> None:
     from stream.broker import LocalKafka
 
     folder, kafka = session.settings.path("kafka"), session.settings.kafka
-    with _stop_on_signals() as stop, LocalKafka.start(folder, port=port, retention_days=kafka.retention_days) as local:
+    with stop_on_signals() as stop, LocalKafka.start(folder, port=port, retention_days=kafka.retention_days) as local:
         click.echo(local.bootstrap_servers)
         while local.is_alive() and not stop.wait(0.5):
             pass
@@ -113,11 +116,6 @@ def topics(session: Session, as_json: bool) -> None:
         show_topics(found, ids)
 
 
-ray_address = click.option(
-    "--ray", "address", help="Ray cluster to join, such as `auto` or ray://host:10001 (default: one of its own, here)."
-)
-
-
 @main.command()
 @ray_address
 @click.pass_obj
@@ -128,7 +126,7 @@ def stream(session: Session, address: str | None) -> None:
     from deploy.ray_cluster import ray_cluster
     from stream.supervisor import supervise
 
-    with ray_cluster(address), _stop_on_signals() as stop:  # in this order: Ray takes the signals for itself
+    with ray_cluster(address), stop_on_signals() as stop:  # in this order: Ray takes the signals for itself
         supervise(settings, stop=stop)
 
 
@@ -142,7 +140,7 @@ def serve(session: Session, address: str | None) -> None:
     from deploy.ray_cluster import ray_cluster
     from services.app import start_serving, stop_serving
 
-    with ray_cluster(address), _stop_on_signals() as stop:  # in this order: Ray takes the signals for itself
+    with ray_cluster(address), stop_on_signals() as stop:  # in this order: Ray takes the signals for itself
         try:
             start_serving(settings)
             click.echo(f"http://{settings.gateway.host}:{settings.gateway.port}")
@@ -157,7 +155,7 @@ def up(session: Session) -> None:
     """Run everything on this machine until Ctrl-C: Kafka unless one is named, Ray, stream workers, services."""
     from deploy.local import local_system
 
-    with local_system(session.settings, click.echo), _stop_on_signals() as stop:
+    with local_system(session.settings, click.echo), stop_on_signals() as stop:
         stop.wait()
     click.echo("stopped")
 
@@ -172,21 +170,6 @@ def status(session: Session, as_json: bool) -> None:
         print_json(found)
     else:
         show_status(found)
-
-
-# -- shared --------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _stop_on_signals() -> Iterator[threading.Event]:
-    """Gives an event that Ctrl-C and SIGTERM set, instead of tearing up what is running."""
-    stop = threading.Event()
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

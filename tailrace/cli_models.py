@@ -13,6 +13,8 @@ from tailrace.ids import ModelVersion
 from tailrace.registry import Registry, announce, new_version, open_registry
 from tailrace.terminal import print_json, show_models
 
+_MANNER = {"rollback": " everyone again", "pin": ", pinned", "unpin": ", no longer pinned"}
+
 
 @click.group()
 def models() -> None:
@@ -45,17 +47,39 @@ def show_model(session: Session, version: str | None) -> None:
 
 @models.command("promote")
 @click.argument("version")
+@click.option(
+    "--share",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Only for this share of the users, beside the champion: as a canary.",
+)
 @click.pass_obj
-def promote_model(session: Session, version: str) -> None:
+def promote_model(session: Session, version: str, share: float | None) -> None:
     """Make VERSION serve: move the pointer and announce it. Replicas swap in place."""
-    _tell(session, open_registry(session.settings).promote(ModelVersion(version)))
+    registry, chosen = open_registry(session.settings), ModelVersion(version)
+    _tell(session, registry.promote(chosen) if share is None else registry.start_canary(chosen, share))
 
 
 @models.command("rollback")
 @click.pass_obj
 def rollback_model(session: Session) -> None:
-    """Make the version before the present one serve again."""
+    """End the canary; where none runs, make the champion before the present one serve again."""
     _tell(session, open_registry(session.settings).rollback())
+
+
+@models.command("pin")
+@click.argument("version", required=False)
+@click.pass_obj
+def pin_model(session: Session, version: str | None) -> None:
+    """Make VERSION (default: the champion) serve, and refuse promotions and canaries until it is unpinned."""
+    registry = open_registry(session.settings)
+    _tell(session, registry.pin(_version_or_champion(registry, version)))
+
+
+@models.command("unpin")
+@click.pass_obj
+def unpin_model(session: Session) -> None:
+    """Let promotions and canaries through again."""
+    _tell(session, open_registry(session.settings).unpin())
 
 
 @models.command("export")
@@ -118,4 +142,7 @@ def _tell(session: Session, announcement: ModelAnnouncement) -> None:
             f"the pointer is at {announcement.version} but running replicas were not told: {error}; "
             f"then run `tailrace models promote {announcement.version}`"
         ) from error
-    click.echo(f"{announcement.version} serves (before: {announcement.previous or 'none'})")
+    manner, previous = _MANNER.get(announcement.reason, ""), announcement.previous or "none"
+    click.echo(f"{announcement.version} serves{manner} (before: {previous})")
+    if announcement.canary is not None:
+        click.echo(f"{announcement.canary} serves {announcement.canary_share:.0%} of the users beside it")

@@ -1,5 +1,9 @@
 """What every command starts from: where the settings come from, and options that several commands share."""
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +16,9 @@ from tailrace.settings import Settings, load_settings
 DEFAULT_FILE = Path("tailrace.toml")
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
+ray_address = click.option(
+    "--ray", "address", help="Ray cluster to join, such as `auto` or ray://host:10001 (default: one of its own, here)."
+)
 
 
 @dataclass
@@ -36,3 +43,15 @@ class Session:
         found = LocalKafka.find(settings.path("kafka"))
         kafka = msgspec.structs.replace(settings.kafka, bootstrap_servers=found or "")
         return msgspec.structs.replace(settings, kafka=kafka)
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[threading.Event]:
+    """Gives an event that Ctrl-C and SIGTERM set, instead of tearing up what is running."""
+    stop = threading.Event()
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

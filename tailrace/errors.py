@@ -9,7 +9,12 @@ TailraceError
 │   └── Fenced             another worker has claimed the partition since
 ├── BundleError            a model bundle is missing, damaged or unsuited
 │   ├── ParityError        an exported model differs from its source by more than its tolerance
+│   ├── Pinned             a version is pinned: no other is promoted and no canary begins until it is unpinned
 │   └── ProviderError      ONNX Runtime did not give the execution provider that was asked for
+├── NothingToLearn         too few fresh impressions for a training round; nothing was changed
+├── RoundRunning           another training round runs; nothing was changed
+├── TrainingDiverged       a fine-tune's loss is no number any more; names the step
+├── TooLittleOverlap       logged slates tell too little of another policy; says how little
 ├── ScoringError           the model's sessions failed on a request; the answer comes without them
 ├── NotReady               a table or a model has not been loaded yet
 ├── Overloaded             a queue is full; says when to try again
@@ -62,8 +67,40 @@ class ParityError(BundleError):
     """An exported model differs from its source by more than its stated tolerance."""
 
 
+class Pinned(BundleError):
+    """A version is pinned: no other is promoted and no canary begins until it is unpinned."""
+
+
 class ProviderError(BundleError):
     """ONNX Runtime did not give the execution provider that was asked for."""
+
+
+class NothingToLearn(TailraceError):
+    """There are too few fresh impressions for a training round. Nothing was changed."""
+
+
+class RoundRunning(TailraceError):
+    """Another training round runs. Nothing was changed."""
+
+
+class TrainingDiverged(TailraceError):
+    """A fine-tune's loss, or its gradient, is no number any more. `step` counts from 0."""
+
+    def __init__(self, step: int, loss: float) -> None:
+        super().__init__(f"step {step}: the loss is {loss}, or its gradient is no number")
+        self.step = step
+
+
+class TooLittleOverlap(TailraceError):
+    """Logged slates tell too little of what another policy would have earned."""
+
+    def __init__(self, slates: int, effective: float, mean_weight: float, reason: str) -> None:
+        super().__init__(
+            f"{slates} logged slates are worth {effective:.1f} of the target's, with a mean weight of "
+            f"{mean_weight:.3g}: {reason}"
+        )
+        self.effective = effective
+        self.mean_weight = mean_weight
 
 
 class ScoringError(TailraceError):

@@ -165,12 +165,17 @@ class ItemStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ModelAnnouncement(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The registry's pointer has moved: every replica loads `version` and swaps in place."""
+    """The registry's pointer has moved: every replica loads `version` and swaps in place.
+
+    `canary`, where there is one, serves `canary_share` of the users beside it.
+    """
 
     version: ModelVersion
     previous: ModelVersion | None
-    reason: Literal["promote", "rollback", "pin"]
+    reason: Literal["promote", "rollback", "pin", "unpin", "canary"]
     occurred_at: OccurredAt
+    canary: ModelVersion | None = None
+    canary_share: float = 0.0
     schema_version: int = SCHEMA_VERSION
 
 

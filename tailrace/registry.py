@@ -10,8 +10,6 @@ promoters cannot both win: the second finds its generation taken. A store whose 
 writes needs a single promoter.
 """
 
-import hashlib
-import os
 import re
 import secrets
 import shutil
@@ -19,33 +17,23 @@ import tempfile
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
 
-import fsspec
 import msgspec
 from kafka.errors import KafkaError
 
-from tailrace.bundle import MANIFEST, FileEntry, Manifest, decode_manifest, read_card, verify_files
-from tailrace.errors import BrokerUnavailable, BundleError, SettingsError
+from tailrace import pointer as moves
+from tailrace.bundle import MANIFEST, Manifest, decode_manifest, read_card, verify_files
+from tailrace.errors import BrokerUnavailable, BundleError
 from tailrace.events import ModelAnnouncement, encode
 from tailrace.ids import ModelVersion
 from tailrace.kafka_clients import close_producer, open_producer
+from tailrace.pointer import Move, Pointer, announcement
+from tailrace.registry_files import RegistryFiles
 from tailrace.settings import KafkaSettings, Settings
 from tailrace.topics import tailrace_topics
 
-MAX_HISTORY = 100
-_CHUNK_BYTES = 1 << 20
+_MOVED_MEANWHILE = "someone else moved the pointer meanwhile: look at it and try again"
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-
-
-class Pointer(msgspec.Struct, frozen=True, kw_only=True):
-    """Which version serves. `history` holds the champions before it, newest last; rollback takes the last."""
-
-    generation: int
-    champion: ModelVersion
-    history: list[ModelVersion]
-    reason: Literal["promote", "rollback", "pin"]
-    updated_at: datetime
 
 
 def new_version(now: datetime, token: str | None = None) -> ModelVersion:
@@ -65,13 +53,7 @@ class Registry:
     def __init__(self, url: str, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         self.url = url
         self._clock = clock
-        self._fs: Any
-        try:
-            self._fs, root = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError) as error:  # a protocol nobody knows, or whose driver is not installed
-            raise SettingsError(f"registry.url {url}: {error}") from error
-        self._root = str(root).rstrip("/")
-        self._local = "file" in (self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,))
+        self._files = RegistryFiles(url)
 
     # -- bundles ---------------------------------------------------------------------------------------------------
 
@@ -91,16 +73,14 @@ class Registry:
         # 1. Refuse what must not be published.
         _check_version(version)
         card = read_card(directory)
-        if self._fs.exists(self._path("bundles", version, MANIFEST)):
+        if self._files.exists("bundles", version, MANIFEST):
             raise BundleError(f"version {version} exists in {self.url}; published bundles never change")
         # 2. Clear what an attempt that died has left.
-        self._fs.invalidate_cache()
-        if self._fs.exists(self._path("bundles", version)):
-            self._fs.rm(self._path("bundles", version), recursive=True)
+        self._files.clear("bundles", version)
         # 3. Upload every file, taking its sum on the way.
         sources = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
         sources.pop(MANIFEST, None)
-        files = {name: self._upload(sources[name], version, name) for name in sorted(sources)}
+        files = {name: self._files.upload(sources[name], "bundles", version, name) for name in sorted(sources)}
         # 4. Write the manifest: from here on the bundle exists.
         manifest = Manifest(
             version=version,
@@ -111,22 +91,21 @@ class Registry:
             metrics=dict(metrics or {}),
         )
         try:
-            self._create(self._path("bundles", version, MANIFEST), msgspec.json.encode(manifest))
+            self._files.create(msgspec.json.encode(manifest), "bundles", version, MANIFEST)
         except FileExistsError:
             raise BundleError(f"version {version} was published by someone else meanwhile") from None
         return manifest
 
     def versions(self) -> list[ModelVersion]:
         """Returns every published version, in the order of their names."""
-        self._fs.invalidate_cache()
-        found = self._fs.glob(self._path("bundles", "*", MANIFEST))
-        return sorted(ModelVersion(PurePosixPath(str(path)).parent.name) for path in found)
+        found = self._files.match("bundles", "*", MANIFEST)
+        return sorted(ModelVersion(PurePosixPath(path).parent.name) for path in found)
 
     def manifest(self, version: ModelVersion) -> Manifest:
         """Returns the manifest of a version. Raises BundleError when there is none or it cannot be read."""
         _check_version(version)
         try:
-            data = self._fs.cat_file(self._path("bundles", version, MANIFEST))
+            data = self._files.read("bundles", version, MANIFEST)
         except FileNotFoundError:
             known = ", ".join(self.versions()) or "none"
             raise BundleError(f"no bundle {version} in {self.url} (there: {known})") from None
@@ -140,8 +119,8 @@ class Registry:
         """
         manifest = self.manifest(version)
         self._check_no_extra(manifest)
-        if self._local:
-            folder = Path(self._path("bundles", version))
+        if self._files.local:
+            folder = Path(self._files.path("bundles", version))
             verify_files(folder, manifest)
             return folder
         kept = cache_dir / version
@@ -155,7 +134,10 @@ class Registry:
         with tempfile.TemporaryDirectory(prefix=f".{version}-", dir=cache_dir, ignore_cleanup_errors=True) as temporary:
             partial = Path(temporary) / "bundle"
             for name in manifest.files:
-                self._download(version, name, partial / name)
+                try:
+                    self._files.download(partial / name, "bundles", version, name)
+                except FileNotFoundError:
+                    raise BundleError(f"bundle {version}: {name} is missing") from None
             verify_files(partial, manifest)
             try:
                 partial.rename(kept)
@@ -183,114 +165,73 @@ class Registry:
 
     def pointer(self) -> Pointer | None:
         """Returns the pointer, or None where nothing was ever promoted. Raises BundleError when it is damaged."""
-        self._fs.invalidate_cache()
-        found = sorted(str(path) for path in self._fs.glob(self._path("pointer", "*.json")))
+        found = self._files.match("pointer", "*.json")
         if not found:
             return None
+        name = PurePosixPath(found[-1]).name
         try:
-            return msgspec.json.decode(self._fs.cat_file(found[-1]), type=Pointer)
+            return msgspec.json.decode(self._files.read("pointer", name), type=Pointer)
         except msgspec.DecodeError as error:
-            raise BundleError(f"{PurePosixPath(found[-1]).name}: the pointer is damaged: {error}") from error
+            raise BundleError(f"{name}: the pointer is damaged: {error}") from error
 
-    def promote(self, version: ModelVersion, reason: Literal["promote", "pin"] = "promote") -> ModelAnnouncement:
-        """Makes `version` the champion and returns what to announce. The champion again: only announces again.
+    # Every move returns what to announce. A move that changes nothing only announces again. Each raises BundleError
+    # when a version it would bring to users is unknown or has files of another size than published, when the pointer
+    # cannot make the move, and when another promoter moved it meanwhile: since it was at `generation`, where one is
+    # given, or since this move looked at it.
 
-        Raises BundleError when the version is unknown, a file has another size than published, or another promoter
-        moved the pointer meanwhile.
+    def promote(self, version: ModelVersion, *, generation: int | None = None) -> ModelAnnouncement:
+        """Makes `version`, which may be the canary, the champion. Raises Pinned while another is pinned."""
+        return self._move(lambda now, at: moves.promoted(now, version, at), version, generation)
+
+    def start_canary(self, version: ModelVersion, share: float) -> ModelAnnouncement:
+        """Serves `version` to a share of the users beside the champion; the canary again: with another share.
+
+        Raises Pinned, and ValueError for a share that is not above 0 and below 1.
         """
-        self._check_sizes(self.manifest(version))
+        return self._move(lambda now, at: moves.with_canary(now, version, share, at), version)
+
+    def rollback(self, *, generation: int | None = None) -> ModelAnnouncement:
+        """Ends the canary; where none runs, makes the champion before this one serve again."""
+        return self._move(moves.rolled_back, None, generation)
+
+    def pin(self, version: ModelVersion) -> ModelAnnouncement:
+        """Makes `version` the champion until `unpin`: promotions and canaries are refused."""
+        return self._move(lambda now, at: moves.pinned(now, version, at), version)
+
+    def unpin(self) -> ModelAnnouncement:
+        """Lets promotions and canaries through again; the champion serves on."""
+        return self._move(moves.unpinned)
+
+    def _move(self, move: Move, named: ModelVersion | None = None, generation: int | None = None) -> ModelAnnouncement:
+        # 1. Decide on what is there now.
         now = self.pointer()
-        if now is not None and now.champion == version:
-            previous = now.history[-1] if now.history else None
-            return _announcement(version, previous, reason, now.updated_at)
-        history = [] if now is None else [*now.history, now.champion][-MAX_HISTORY:]
-        return self._move(now, version, history, reason)
+        if generation is not None and (now is None or now.generation != generation):
+            raise BundleError(_MOVED_MEANWHILE)
+        moved = move(now, self._clock())
+        # 2. Whatever is to serve must be there whole.
+        before = set() if now is None else {now.champion, now.canary}
+        for version in ({moved.champion, moved.canary} - before) | {named}:
+            if version is not None:
+                self._check_sizes(self.manifest(version))
+        # 3. Create the next generation, unless nothing has changed.
+        if now is None or moved.generation != now.generation:
+            try:
+                self._files.create(msgspec.json.encode(moved), "pointer", f"{moved.generation:010d}.json")
+            except FileExistsError:
+                raise BundleError(_MOVED_MEANWHILE) from None
+        return announcement(moved, now)
 
-    def rollback(self) -> ModelAnnouncement:
-        """Makes the champion before this one serve again and returns what to announce.
-
-        Raises BundleError when there is none before, it is gone, or another promoter moved the pointer meanwhile.
-        """
-        now = self.pointer()
-        if now is None:
-            raise BundleError(f"nothing was ever promoted in {self.url}: there is nothing to roll back")
-        if not now.history:
-            raise BundleError(f"{now.champion} is the first champion: there is none before it to roll back to")
-        self._check_sizes(self.manifest(now.history[-1]))
-        return self._move(now, now.history[-1], now.history[:-1], "rollback")
-
-    def _move(
-        self,
-        now: Pointer | None,
-        version: ModelVersion,
-        history: list[ModelVersion],
-        reason: Literal["promote", "rollback", "pin"],
-    ) -> ModelAnnouncement:
-        generation = 1 if now is None else now.generation + 1
-        moved = Pointer(
-            generation=generation, champion=version, history=history, reason=reason, updated_at=self._clock()
-        )
-        try:
-            self._create(self._path("pointer", f"{generation:010d}.json"), msgspec.json.encode(moved))
-        except FileExistsError:
-            raise BundleError("someone else moved the pointer meanwhile: look at it and try again") from None
-        return _announcement(version, now.champion if now else None, reason, moved.updated_at)
-
-    # -- files -----------------------------------------------------------------------------------------------------
-
-    def _path(self, *parts: str) -> str:
-        return "/".join((self._root, *parts))
-
-    def _upload(self, source: Path, version: ModelVersion, name: str) -> FileEntry:
-        target = self._path("bundles", version, name)
-        self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
-        digest, size = hashlib.sha256(), 0
-        with source.open("rb") as reader, self._fs.open(target, "wb") as writer:
-            while chunk := reader.read(_CHUNK_BYTES):
-                digest.update(chunk)
-                size += len(chunk)
-                writer.write(chunk)
-        if self._local:
-            _sync(Path(target))
-        return FileEntry(digest.hexdigest(), size)
-
-    def _download(self, version: ModelVersion, name: str, target: Path) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with self._fs.open(self._path("bundles", version, name), "rb") as reader, target.open("wb") as writer:
-                shutil.copyfileobj(reader, writer, _CHUNK_BYTES)
-        except FileNotFoundError:
-            raise BundleError(f"bundle {version}: {name} is missing") from None
-
-    def _create(self, path: str, data: bytes) -> None:
-        """Creates the file whole, in one step. Raises FileExistsError when it is there already."""
-        if not self._local:
-            self._fs.pipe_file(path, data, mode="create")
-            return
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-        try:
-            temporary.write_bytes(data)
-            _sync(temporary)
-            os.link(temporary, target)
-            _sync(target.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+    # -- checks ----------------------------------------------------------------------------------------------------
 
     def _check_no_extra(self, manifest: Manifest) -> None:
-        self._fs.invalidate_cache()
-        root = self._path("bundles", manifest.version) + "/"
-        for path in sorted(map(str, self._fs.find(root))):
-            name = path.removeprefix(root)
+        for name in self._files.find("bundles", manifest.version):
             if name != MANIFEST and name not in manifest.files and not name.startswith(f".{MANIFEST}."):
                 raise BundleError(f"bundle {manifest.version}: {name} is not in its manifest")
 
     def _check_sizes(self, manifest: Manifest) -> None:
         for name, entry in manifest.files.items():
-            path = self._path("bundles", manifest.version, name)
             try:
-                size = self._fs.info(path)["size"]
+                size = self._files.size("bundles", manifest.version, name)
             except FileNotFoundError:
                 raise BundleError(f"bundle {manifest.version}: {name} is missing") from None
             if size != entry.bytes:
@@ -312,24 +253,6 @@ def announce(kafka: KafkaSettings, announcement: ModelAnnouncement) -> None:
         close_producer(producer, timeout_s=1)
 
 
-def _announcement(
-    version: ModelVersion,
-    previous: ModelVersion | None,
-    reason: Literal["promote", "rollback", "pin"],
-    at: datetime,
-) -> ModelAnnouncement:
-    return ModelAnnouncement(version=version, previous=previous, reason=reason, occurred_at=at)
-
-
 def _check_version(version: ModelVersion) -> None:
     if not _VERSION.fullmatch(version):
         raise BundleError(f"{version!r} is no version: letters, digits, dot, dash, underscore; at most 128")
-
-
-def _sync(path: Path) -> None:
-    """Flushes a file or a folder to the disk, so that a manifest never outlives the files it names."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -132,6 +132,81 @@ class RegistrySettings(_Section, frozen=True, kw_only=True):
     max_item_tokens: Annotated[Positive, _doc("longest item text, tokens")] = 32
 
 
+class TrainingSettings(_Section, frozen=True, kw_only=True):
+    """Training rounds: what they learn from, how, and what a challenger has to show."""
+
+    window_s: Annotated[Seconds, _doc("how far back in the log a round reads")] = 7 * 86_400.0
+    wait_s: Annotated[float, _doc("an impression becomes an example no sooner than this after it was shown")] = 30.0
+    attribution_s: Annotated[Seconds, _doc("feedback that comes later than this after an impression is not its")] = (
+        1800.0
+    )
+    view_gain: Annotated[float, _doc("what a view adds to an item's label")] = 0.3
+    click_gain: Annotated[float, _doc("what a click adds to an item's label")] = 1.0
+    like_gain: Annotated[float, _doc("what a like adds to an item's label")] = 2.0
+    save_gain: Annotated[float, _doc("what a save adds to an item's label")] = 2.0
+    share_gain: Annotated[float, _doc("what a share adds to an item's label")] = 3.0
+    purchase_gain: Annotated[float, _doc("what a purchase adds to an item's label")] = 4.0
+    skip_gain: Annotated[float, _doc("what a skip adds to an item's label; below zero takes away")] = -1.0
+    hide_gain: Annotated[float, _doc("what a hide adds to an item's label")] = -3.0
+    dwell_gain: Annotated[
+        float, _doc("added per doubling of a click's dwell time above 10 s, three doublings at most")
+    ] = 0.25
+    rating_gain: Annotated[float, _doc("added per star above the middle of the scale, taken away per star below")] = 1.0
+    min_examples: Annotated[Positive, _doc("with fewer fresh impressions a round does not begin")] = 200
+    max_examples: Annotated[Positive, _doc("most fresh impressions in a round, the newest")] = 20_000
+    replay_examples: Annotated[int, _doc("older impressions learned beside them, against forgetting")] = 4000
+    replay_half_life_s: Annotated[
+        Seconds, _doc("age at which an older impression is half as likely to be replayed")
+    ] = 2 * 86_400.0
+    holdout_share: Annotated[
+        Share, _doc("newest share of the fresh impressions, unseen, on which the gate decides")
+    ] = 0.2
+    max_holdout: Annotated[Positive, _doc("most impressions the gate decides on")] = 1000
+    stop_share: Annotated[Share, _doc("share before those, on which training is stopped early")] = 0.1
+    epochs: Annotated[Positive, _doc("most passes over the examples")] = 4
+    batch: Annotated[Positive, _doc("impressions per optimizer step")] = 16
+    learning_rate: Annotated[float, _doc("peak rate of the BERT layers that learn")] = 5e-5
+    head_learning_rate: Annotated[float, _doc("peak rate of the head")] = 2e-3
+    weight_decay: Annotated[float, _doc("AdamW weight decay")] = 0.01
+    dropout: Annotated[Share, _doc("dropout while training")] = 0.1
+    warm_up_share: Annotated[Share, _doc("share of the steps in which the rates rise to their peak")] = 0.1
+    pointwise_weight: Annotated[float, _doc("weight of the click log loss beside the listwise loss")] = 0.5
+    rating_weight: Annotated[float, _doc("weight of the rating loss")] = 0.1
+    kl_weight: Annotated[float, _doc("weight of staying near the parent's scores on replayed impressions")] = 0.1
+    unshown_weight: Annotated[Share, _doc("weight of a candidate that was not shown, in the listwise loss")] = 0.2
+    silent_share: Annotated[
+        Share, _doc("share of the impressions on which nothing happened that are learned from, each for several")
+    ] = 0.25
+    trainable_layers: Annotated[
+        int, _doc("upper BERT layers that learn; none lies below the split; 0: the head alone")
+    ] = 3
+    lora_rank: Annotated[int, _doc("0: the layers themselves learn; above: low-rank adapters of that rank do")] = 0
+    precision: Annotated[Literal["auto", "bf16", "fp32"], _doc("auto: bf16 where the processor has it")] = "auto"
+    device: Annotated[Literal["cpu", "cuda"], _doc("where training runs")] = "cpu"
+    workers: Annotated[Positive, _doc("training workers; more than one run through Ray Train")] = 1
+    threads: Annotated[Positive, _doc("CPU threads per training worker")] = 2
+    seed: Annotated[int, _doc("of sampling, order and dropout")] = 0
+    tracker: Annotated[Literal["none", "mlflow", "wandb"], _doc("where figures go beside TensorBoard files")] = "none"
+
+
+class GateSettings(_Section, frozen=True, kw_only=True):
+    """What a challenger has to show before it serves, and while it does."""
+
+    margin: Annotated[float, _doc("NDCG@10 a challenger may lose to the champion on the newest impressions")] = 0.005
+    confidence: Annotated[Share, _doc("confidence with which it must not lose more")] = 0.95
+    bootstrap: Annotated[Positive, _doc("resamples behind each interval")] = 1000
+    min_spread: Annotated[float, _doc("least standard deviation of scores within a slate")] = 1e-3
+    max_popular_shift: Annotated[float, _doc("most the share of popular items in slates may rise")] = 0.25
+    max_cold_shift: Annotated[float, _doc("most the share of new items in slates may fall")] = 0.25
+    max_latency_ratio: Annotated[float, _doc("most the time to score may grow, as a ratio to the champion")] = 1.5
+    canary_share: Annotated[Share, _doc("share of users, by hash, who get a challenger first; 0: all at once")] = 0.2
+    canary_impressions: Annotated[Positive, _doc("impressions of the canary before the watchdog may promote it")] = 300
+    max_click_loss: Annotated[Share, _doc("relative click rate a canary may lose")] = 0.2
+    max_error_share: Annotated[
+        Share, _doc("share of a version's requests that may miss the top rung, above the champion's")
+    ] = 0.05
+
+
 class Settings(_Section, frozen=True, kw_only=True):
     """All settings of one process."""
 
@@ -146,6 +221,8 @@ class Settings(_Section, frozen=True, kw_only=True):
     slate: SlateSettings = SlateSettings()
     gateway: GatewaySettings = GatewaySettings()
     registry: RegistrySettings = RegistrySettings()
+    training: TrainingSettings = TrainingSettings()
+    gate: GateSettings = GateSettings()
 
     def path(self, name: str) -> Path:
         """Returns `name` below `data_dir`, or `name` itself where it is absolute."""

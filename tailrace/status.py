@@ -8,7 +8,8 @@ from kafka.errors import KafkaError
 
 from tailrace.errors import BrokerUnavailable, SettingsError
 from tailrace.kafka_clients import open_consumer
-from tailrace.registry import Pointer, open_registry
+from tailrace.pointer import Pointer
+from tailrace.registry import open_registry
 from tailrace.settings import KafkaSettings, Settings
 from tailrace.stores import open_store
 from tailrace.topics import USER_STREAMS, tailrace_topics

@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from tailrace.bundle import Manifest
-from tailrace.registry import Pointer
+from tailrace.ids import ModelVersion
+from tailrace.pointer import Pointer
+from tailrace.rounds import RoundRecord
 from tailrace.settings import Settings, without_secrets
 from tailrace.status import Status
 from tailrace.topics import Topic
@@ -50,15 +52,15 @@ def show_status(status: Status) -> None:
     _print(table)
     click.echo(f"{status.profiles:,} profiles, lag {status.lag:,}, Kafka at {status.bootstrap_servers}")
     pointer = status.pointer
-    click.echo("no model" if pointer is None else f"model {pointer.champion} since {pointer.updated_at:%F %T}")
+    click.echo("no model" if pointer is None else f"model {_told(pointer)} since {pointer.updated_at:%F %T}")
 
 
 def show_models(manifests: Sequence[Manifest], pointer: Pointer | None) -> None:
-    """Prints the versions in the order given and marks the one that serves."""
+    """Prints the versions in the order given and marks those that serve: the champion, and a canary with its share."""
     table = _table("", "version", "published", "base model", "precisions", "MB", "parent", "metrics")
     for manifest in manifests:
         table.add_row(
-            "serves" if pointer is not None and pointer.champion == manifest.version else "",
+            "" if pointer is None else _part_of(manifest.version, pointer),
             manifest.version,
             f"{manifest.created_at:%F %T}",
             manifest.model.base_model,
@@ -68,6 +70,35 @@ def show_models(manifests: Sequence[Manifest], pointer: Pointer | None) -> None:
             ", ".join(f"{name} {value:.4g}" for name, value in manifest.metrics.items()),
         )
     _print(table)
+
+
+def _part_of(version: ModelVersion, pointer: Pointer) -> str:
+    if version == pointer.canary:
+        return f"canary {pointer.canary_share:.0%}"
+    return "" if version != pointer.champion else "serves, pinned" if pointer.pinned else "serves"
+
+
+def show_rounds(records: Sequence[RoundRecord]) -> None:
+    """Prints what became of training rounds, in the order given."""
+    table = _table("round", "parent", "outcome", "fresh", "replayed", "seconds", "reason", "report")
+    for record in records:
+        table.add_row(
+            record.version,
+            record.parent or "",
+            record.outcome,
+            f"{record.fresh:,}",
+            f"{record.replayed:,}",
+            f"{sum(record.took_s.values()):.0f}",
+            record.reason,
+            record.report,
+        )
+    _print(table)
+
+
+def _told(pointer: Pointer) -> str:
+    if pointer.canary is not None:
+        return f"{pointer.champion} and, for {pointer.canary_share:.0%} of the users, {pointer.canary}"
+    return f"{pointer.champion}{', pinned,' if pointer.pinned else ''}"
 
 
 def _print(table: Table) -> None:

@@ -11,6 +11,7 @@ Shapes: B requests, N candidates, U user tokens, S item tokens, T states per ite
 H hidden size (h*d), F features. Masks are 1 for real and 0 for padding, which stands to the right.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -92,8 +93,17 @@ class SplitRanker(nn.Module):
         self.split_layer = split_layer
         self.item_states = item_states
         self.feature_names = tuple(feature_names)
+        # What ranks begins as a copy of what embeds, and learns alone. So the vectors that candidates are drawn by and
+        # that cosines compare stay what they were when an impression was logged, and, as the states below the split
+        # do, stay valid from version to version: a swap encodes no item anew.
+        self.ranking = nn.ModuleList(copy.deepcopy(layer) for layer in bert.stack[split_layer:])
         self.to_vector = TextVector()
         self.head = Head(bert.shape.hidden_size, feature_names, prior, head_width)
+
+    @property
+    def upper(self) -> list[BertLayer]:
+        """The layers above the split that rank, lowest first."""
+        return [layer for layer in self.ranking if isinstance(layer, BertLayer)]
 
     def forward(
         self, user_tokens: Tensor, user_mask: Tensor, item_tokens: Tensor, item_mask: Tensor, features: Tensor
@@ -121,18 +131,18 @@ class SplitRanker(nn.Module):
 
         `table` replaces the word embeddings (export hands it in as an input, to keep it out of the graph).
         """
-        states = self.bert.embed(user_tokens, table)
+        states = self.read_alone(user_tokens, user_mask, table)
+        vectors = self.embed_users(states, user_mask)
         bias = _attention_bias(user_mask)
         all_keys, all_values = [], []
-        for depth, layer in enumerate(self.bert.stack):
+        for layer in self.upper:
             query, key, value = layer.project(states)
-            if depth >= self.split_layer:
-                all_keys.append(key.transpose(-1, -2))
-                all_values.append(value)
-            states = layer(states, query, key, value, bias)
-        vectors = self.to_vector(states, user_mask)
+            all_keys.append(key.transpose(-1, -2))
+            all_values.append(value)
+            if layer is not self.upper[-1]:  # nobody looks at what comes out on top
+                states = layer(states, query, key, value, bias)
         if not all_keys:  # two towers: nothing above the split attends
-            none = value.unsqueeze(1)[:, :0]
+            none = self.bert.stack[-1].project(states)[2].unsqueeze(1)[:, :0]
             return none.transpose(-1, -2), none, vectors
         return torch.stack(all_keys, 1), torch.stack(all_values, 1), vectors
 
@@ -171,7 +181,7 @@ class SplitRanker(nn.Module):
         user_bias = _attention_bias(user_mask)
         own_bias = _attention_bias(state_mask.reshape(batch * count, per_item))
         own_bias = own_bias.reshape(batch, 1, count, 1, per_item)
-        for depth, layer in enumerate(self.bert.stack[self.split_layer :]):
+        for depth, layer in enumerate(self.upper):
             states = self._attend_jointly(
                 layer, states, user_keys[:, depth], user_values[:, depth], user_bias, own_bias
             )
@@ -179,6 +189,48 @@ class SplitRanker(nn.Module):
         pooled = pooled.reshape(batch, count, hidden)
         click_logits, ratings = self.head(pooled, user_vectors, features)
         return click_logits, ratings, pooled
+
+    def read_alone(self, tokens: Tensor, mask: Tensor, table: Tensor | None = None) -> Tensor:
+        """Returns states [B,M,H] of texts after layer k: of users, and of items before their states are pooled."""
+        states = self.bert.embed(tokens, table)
+        bias = _attention_bias(mask)
+        for layer in self.bert.stack[: self.split_layer]:
+            states = layer(states, *layer.project(states), bias)
+        return states
+
+    def embed_users(self, states: Tensor, mask: Tensor) -> Tensor:
+        """Returns unit vectors [B,H] from the states after layer k, by the layers that never learn."""
+        bias = _attention_bias(mask)
+        for layer in self.bert.stack[self.split_layer :]:
+            states = layer(states, *layer.project(states), bias)
+        vectors: Tensor = self.to_vector(states, mask)
+        return vectors
+
+    def advance(
+        self, users: Tensor, user_mask: Tensor, states: Tensor, state_mask: Tensor, start: int, stop: int
+    ) -> tuple[Tensor, Tensor]:
+        """Returns user states [B,U,H] and item states [B,N,T,H] after layers `start` to `stop`, k <= start <= stop.
+
+        What `encode_users` and `score` do, layer by layer: training runs and keeps the layers that do not learn once.
+        """
+        batch, count, per_item, hidden = states.shape
+        joined = states.reshape(batch, count * per_item, hidden)
+        user_bias = _attention_bias(user_mask)
+        own_bias = _attention_bias(state_mask.reshape(batch * count, per_item)).reshape(batch, 1, count, 1, per_item)
+        for layer in self.upper[start - self.split_layer : stop - self.split_layer]:
+            query, key, value = layer.project(users)
+            joined = self._attend_jointly(layer, joined, key.transpose(-1, -2), value, user_bias, own_bias)
+            users = layer(users, query, key, value, user_bias)
+        return users, joined.reshape(states.shape)
+
+    def judge(
+        self, user_vectors: Tensor, states: Tensor, state_mask: Tensor, features: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Returns click logits [B,N] and ratings [B,N] from the top item states that `advance` ends with."""
+        batch, count, per_item, hidden = states.shape
+        pooled = _masked_mean(states.reshape(-1, per_item, hidden), state_mask.reshape(-1, per_item))
+        judged: tuple[Tensor, Tensor] = self.head(pooled.reshape(batch, count, hidden), user_vectors, features)
+        return judged
 
     def _attend_jointly(
         self,

@@ -11,8 +11,9 @@ import fsspec
 import msgspec
 import pytest
 
-from tailrace.errors import BundleError
+from tailrace.errors import BundleError, Pinned
 from tailrace.ids import ModelVersion
+from tailrace.pointer import Pointer
 from tailrace.registry import Registry
 
 CARD = {
@@ -236,3 +237,167 @@ def test_rollback_to_a_bundle_that_is_gone_is_refused(place: Place) -> None:
     pointer = place.registry.pointer()
     assert pointer is not None
     assert pointer.champion == V2
+
+
+# -- canary and pin ------------------------------------------------------------------------------------------------
+
+
+def publish_all(place: Place) -> Registry:
+    """Three versions, the first of which is the champion."""
+    for version in (V1, V2, V3):
+        place.registry.publish(place.source, version=version)
+    place.registry.promote(V1)
+    return place.registry
+
+
+def pointer_of(registry: Registry) -> Pointer:
+    pointer = registry.pointer()
+    assert pointer is not None
+    return pointer
+
+
+def test_canary_serves_a_share_beside_the_champion_and_becomes_champion_when_promoted(place: Place) -> None:
+    registry = publish_all(place)
+    said = registry.start_canary(V2, 0.2)
+    assert (said.version, said.reason, said.canary, said.canary_share) == (V1, "canary", V2, 0.2)
+    pointer = pointer_of(registry)
+    assert (pointer.champion, pointer.canary, pointer.canary_share, pointer.history) == (V1, V2, 0.2, [])
+    said = registry.promote(V2)
+    assert (said.version, said.previous, said.reason, said.canary) == (V2, V1, "promote", None)
+    pointer = pointer_of(registry)
+    assert (pointer.champion, pointer.canary, pointer.canary_share, pointer.history) == (V2, None, 0.0, [V1])
+    assert pointer.generation == 3
+
+
+def test_rollback_ends_the_canary_first_and_the_champion_next(place: Place) -> None:
+    registry = publish_all(place)
+    registry.promote(V2)
+    registry.start_canary(V3, 0.5)
+    said = registry.rollback()
+    assert (said.version, said.reason, said.canary, said.canary_share) == (V2, "rollback", None, 0.0)
+    assert (pointer_of(registry).champion, pointer_of(registry).canary, pointer_of(registry).history) == (
+        V2,
+        None,
+        [V1],
+    )
+    said = registry.rollback()
+    assert (said.version, said.previous) == (V1, V2)
+    assert (pointer_of(registry).champion, pointer_of(registry).history) == (V1, [])
+
+
+def test_promoting_a_third_version_ends_the_canary(place: Place) -> None:
+    registry = publish_all(place)
+    registry.start_canary(V2, 0.2)
+    registry.promote(V3)
+    pointer = pointer_of(registry)
+    assert (pointer.champion, pointer.canary, pointer.canary_share, pointer.history) == (V3, None, 0.0, [V1])
+
+
+def test_promoting_the_champion_again_announces_its_canary_again(place: Place) -> None:
+    registry = publish_all(place)
+    first = registry.start_canary(V2, 0.2)
+    assert registry.promote(V1) == first == registry.start_canary(V2, 0.2)
+    assert pointer_of(registry).generation == 2
+
+
+def test_a_canary_is_widened_but_never_replaced(place: Place) -> None:
+    registry = publish_all(place)
+    registry.start_canary(V2, 0.2)
+    assert registry.start_canary(V2, 0.5).canary_share == 0.5
+    with pytest.raises(BundleError, match="v2 is the canary: promote it or roll it back first"):
+        registry.start_canary(V3, 0.2)
+    assert (pointer_of(registry).canary, pointer_of(registry).canary_share) == (V2, 0.5)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.1, float("nan")])
+def test_a_share_of_none_or_all_is_no_canary(place: Place, share: float) -> None:
+    registry = publish_all(place)
+    with pytest.raises(ValueError, match="above 0 and below 1"):
+        registry.start_canary(V2, share)
+    assert pointer_of(registry).generation == 1
+
+
+def test_champion_unknown_and_first_version_are_no_canaries(place: Place) -> None:
+    place.registry.publish(place.source, version=V1)
+    with pytest.raises(BundleError, match="nothing was ever promoted"):
+        place.registry.start_canary(V1, 0.2)
+    place.registry.promote(V1)
+    with pytest.raises(BundleError, match="v1 is the champion"):
+        place.registry.start_canary(V1, 0.2)
+    with pytest.raises(BundleError, match="no bundle v9"):
+        place.registry.start_canary(ModelVersion("v9"), 0.2)
+    assert pointer_of(place.registry).generation == 1
+
+
+def test_truncated_bundle_is_no_canary(place: Place) -> None:
+    place.registry.publish(place.source, version=V2)
+    place.registry.promote(V2)
+    place.registry.publish(place.source, version=V1)
+    _truncate(place)
+    with pytest.raises(BundleError, match=r"ranker\.onnx has 5119 bytes"):
+        place.registry.start_canary(V1, 0.2)
+    assert pointer_of(place.registry).canary is None
+
+
+def test_pinned_version_serves_and_refuses_promotions_and_canaries_until_it_is_unpinned(place: Place) -> None:
+    registry = publish_all(place)
+    registry.start_canary(V3, 0.2)
+    said = registry.pin(V2)
+    assert (said.version, said.previous, said.reason, said.canary) == (V2, V1, "pin", None)
+    pointer = pointer_of(registry)
+    assert (pointer.champion, pointer.pinned, pointer.canary, pointer.history) == (V2, True, None, [V1])
+    assert registry.pin(V2) == said == registry.promote(V2)
+    for refused in (lambda: registry.promote(V3), lambda: registry.start_canary(V3, 0.2)):
+        with pytest.raises(Pinned, match="v2 is pinned"):
+            refused()
+    assert pointer_of(registry) == pointer
+
+    said = registry.unpin()
+    assert (said.version, said.reason) == (V2, "unpin")
+    assert not pointer_of(registry).pinned
+    assert registry.promote(V3).version == V3
+
+
+def test_pinning_the_champion_and_another_pin_and_a_rollback_move_a_pinned_pointer(place: Place) -> None:
+    registry = publish_all(place)
+    assert registry.pin(V1).previous is None
+    assert registry.pin(V2).previous == V1
+    assert (pointer_of(registry).champion, pointer_of(registry).history, pointer_of(registry).pinned) == (
+        V2,
+        [V1],
+        True,
+    )
+    assert registry.rollback().version == V1
+    assert (pointer_of(registry).champion, pointer_of(registry).pinned) == (V1, True)
+
+
+def test_first_version_may_be_pinned_and_nothing_is_unpinned_twice(place: Place) -> None:
+    place.registry.publish(place.source, version=V1)
+    with pytest.raises(BundleError, match="no version is pinned"):
+        place.registry.unpin()
+    assert place.registry.pin(V1).reason == "pin"
+    place.registry.unpin()
+    with pytest.raises(BundleError, match="no version is pinned"):
+        place.registry.unpin()
+
+
+def test_a_move_meant_for_an_older_generation_is_refused(place: Place) -> None:
+    registry = publish_all(place)
+    registry.start_canary(V2, 0.2)
+    seen = pointer_of(registry).generation
+    registry.rollback()  # by someone else
+    for late in (lambda: registry.promote(V2, generation=seen), lambda: registry.rollback(generation=seen)):
+        with pytest.raises(BundleError, match="someone else moved the pointer"):
+            late()
+    assert pointer_of(registry).champion == V1
+    assert registry.promote(V2, generation=seen + 1).version == V2
+
+
+def test_pointer_written_before_there_were_canaries_still_reads(place: Place) -> None:
+    registry = publish_all(place)
+    old = {"generation": 2, "champion": "v2", "history": ["v1"], "reason": "promote"}
+    old_file = json.dumps(old | {"updated_at": "2026-11-23T14:30:00Z"}).encode()
+    place.write("pointer/0000000002.json", old_file)
+    pointer = pointer_of(registry)
+    assert (pointer.champion, pointer.canary, pointer.canary_share, pointer.pinned) == (V2, None, 0.0, False)
+    assert registry.rollback().version == V1

@@ -4,6 +4,7 @@ import asyncio
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from uuid import uuid4
@@ -18,11 +19,12 @@ from services.loaded_model import LoadedModel, ScoreJob
 from services.ranker import Ranker
 from stream.broker import LocalKafka
 from tailrace.catalogue import Catalogue
-from tailrace.events import encode
+from tailrace.events import Impression, encode
 from tailrace.features import FEATURE_NAMES, PRIOR_WEIGHTS
-from tailrace.ids import ModelVersion, RequestId
+from tailrace.ids import ModelVersion, RequestId, UserId
 from tailrace.items import Item
 from tailrace.kafka_clients import create_topics, open_producer
+from tailrace.pointer import assigned_version
 from tailrace.registry import Registry, announce, open_registry
 from tailrace.settings import Settings, load_settings
 from tailrace.topics import tailrace_topics
@@ -127,6 +129,34 @@ def test_request_in_flight_finishes_on_the_old_model(
         assert ask(ranker).model_version == "v2"
         assert held.version == "v1" and held.encode_user("still here", time.monotonic() + 10).keys.size
     assert status(ranker).swaps == 2
+
+
+def test_canary_answers_its_users_and_every_version_is_counted(
+    settings: Settings, start: Callable[[], Ranker], bundle: Path
+) -> None:
+    registry = open_registry(settings)
+    promote(settings, registry, bundle, "v1")
+    produce_items(settings, "a")
+    ranker = start()
+    assert ranker.wait(30)
+    registry.publish(bundle, version=ModelVersion("v2"))
+    announce(settings.kafka, registry.start_canary(ModelVersion("v2"), 0.5))
+    wait_until(lambda: status(ranker).canary == "v2")
+    pointer = registry.pointer()
+    assert pointer is not None
+    users = [f"user-{number}" for number in range(10)]
+    expected = [assigned_version(UserId(user), pointer) for user in users]
+    answers = [ask(ranker, user_id=user) for user in users]
+    assert [answer.model_version for answer in answers] == expected and set(expected) == {"v1", "v2"}
+    for user, answer in zip(users, answers, strict=True):
+        impression = msgspec.json.decode(answer.impression, type=Impression)
+        assert (impression.user_id, impression.model_version) == (user, answer.model_version)
+    counted = status(ranker).versions
+    assert {version: stats.requests for version, stats in counted.items()} == Counter(expected)
+    for stats in counted.values():
+        assert (stats.below_top, stats.errors) == (0, 0)
+        assert stats.score_p50_ms is not None and stats.score_p99_ms is not None
+        assert 0 < stats.score_p50_ms <= stats.score_p99_ms
 
 
 def test_bundle_for_other_features_is_refused_and_the_old_model_serves_on(
@@ -239,7 +269,7 @@ from services.bodies import Asked, RecommendationRequest
 from services.loaded_model import LoadedModel, ScoreJob
 from services.recommender import recommend
 from tailrace.catalogue import Catalogue
-from tailrace.events import encode
+from tailrace.events import Impression, encode
 from tailrace.items import Item
 from tailrace.settings import Settings
 settings = Settings(data_dir={str(tmp_path)!r})

@@ -195,6 +195,29 @@ def test_promoting_an_unknown_version_and_rolling_back_the_first_are_refused(
     said_no(run("models", "rollback", settings=settings_file), "first champion")
 
 
+def test_models_list_shows_the_canary_with_its_share_and_a_pin(settings_file: Path, registry: Registry) -> None:
+    registry.start_canary(ModelVersion("v2"), 0.2)
+    lines = run("models", "list", settings=settings_file).stdout.splitlines()
+    assert lines[1].split()[:2] == ["serves", "v1"] and lines[2].split()[:3] == ["canary", "20%", "v2"]
+    found = json.loads(run("models", "list", "--json", settings=settings_file).stdout)
+    assert (found["pointer"]["canary"], found["pointer"]["canary_share"]) == ("v2", 0.2)
+    registry.pin(ModelVersion("v2"))
+    lines = run("models", "list", settings=settings_file).stdout.splitlines()
+    assert lines[2].split()[:3] == ["serves,", "pinned", "v2"]
+
+
+def test_pin_holds_against_promotion_until_it_is_lifted(settings_file: Path, registry: Registry) -> None:
+    said_no(run("models", "pin", settings=settings_file), "the pointer is at v1", "not told")
+    said_no(run("models", "promote", "v2", settings=settings_file), "v1 is pinned", "models unpin")
+    said_no(run("models", "promote", "v2", "--share", "0.1", settings=settings_file), "v1 is pinned")
+    said_no(run("models", "unpin", settings=settings_file), "the pointer is at v1", "not told")
+    said_no(run("models", "promote", "v2", "--share", "0.1", settings=settings_file), "the pointer is at v1")
+    pointer = registry.pointer()
+    assert pointer is not None
+    assert (pointer.champion, pointer.canary, pointer.canary_share) == ("v1", "v2", 0.1)
+    assert run("models", "promote", "v2", "--share", "1", settings=settings_file).exit_code == 2
+
+
 def test_models_export_copies_a_checked_bundle_into_an_empty_folder(
     settings_file: Path, registry: Registry, tmp_path: Path
 ) -> None:

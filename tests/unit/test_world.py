@@ -58,7 +58,7 @@ def test_clicks_happen_as_often_as_expected(world: World) -> None:
     visits = 4000
     clicks = 0
     for _ in range(visits):
-        fresh = Reader(reader.user_id, reader.taste_D, reader.drift_D, reader.patience)
+        fresh = Reader(reader.user_id, reader.taste_T, reader.drift_T, reader.patience)
         clicks += sum(reaction.action == "click" for reaction in world.react(fresh, slate, NOON, rng))
     # The sum of five independent Bernoullis has a variance of at most 5/4.
     assert abs(clicks / visits - expected) < 4 * np.sqrt(1.25 / visits)

@@ -1,0 +1,154 @@
+"""Training as a Ray job beside the services: rounds by schedule, in a process of their own, and the watchdog.
+
+The actor's name is taken while a job runs, so two jobs of one cluster cannot overlap; the round's own lock and the
+generation of the registry's pointer keep apart what Ray does not know of.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+import structlog
+from kafka.errors import KafkaError
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from deploy.ray_cluster import NAMESPACE
+from tailrace.errors import NothingToLearn, RoundRunning, TailraceError
+from tailrace.registry import open_registry
+from tailrace.rounds import RoundRecord
+from tailrace.settings import Settings
+from tailrace.status import load_spans
+from tailrace.telemetry import configure_logging
+from training.schedule import Schedule
+from training.watchdog import watch
+
+log = structlog.get_logger()
+
+ACTOR = "tailrace-training"
+_TICK_S = 1.0
+_NICE = 10  # training gives way to serving where they share cores
+
+Step = tuple[str, int, int]  # what is under way, done, in all
+Ended = Callable[[RoundRecord], None]
+
+
+class TrainingActor:
+    """Runs rounds, one at a time; says beside it how far the present one has come."""
+
+    def __init__(self, settings: Settings) -> None:
+        os.nice(_NICE)
+        configure_logging(settings)
+        self._settings = settings
+        self._step: Step = ("waiting", 0, 0)
+
+    def run_round(self) -> RoundRecord | str:
+        """Returns what became of a round, or why there was none."""
+        from deploy.training_parts import round_parts  # torch takes seconds, and only rounds need it
+        from training.round import run_round
+
+        try:
+            return run_round(round_parts(self._settings, self._note))
+        except (NothingToLearn, RoundRunning) as error:
+            return str(error)
+        finally:
+            self._step = ("waiting", 0, 0)
+
+    def step(self) -> Step:
+        """Returns what is under way."""
+        return self._step
+
+    def _note(self, what: str, done: int, total: int) -> None:
+        self._step = (what, done, total)
+
+
+@contextmanager
+def training_actor(settings: Settings) -> Iterator[Any]:
+    """Gives the actor, which ends with the block. Raises RoundRunning where this cluster has one already."""
+    options = ray.remote(TrainingActor).options(
+        name=ACTOR, namespace=NAMESPACE, num_cpus=0.5, max_concurrency=2, max_restarts=-1
+    )
+    try:
+        actor: Any = options.remote(settings)
+    except ValueError as error:
+        raise RoundRunning("a training job runs on this Ray cluster already") from error
+    try:
+        yield actor
+    finally:
+        ray.kill(actor, no_restart=True)
+
+
+def train_once(settings: Settings, show: Callable[[Step], None] = lambda step: None) -> RoundRecord:
+    """Returns what became of one round. Raises NothingToLearn where there is too little feedback, or its failure."""
+    with training_actor(settings) as actor:
+        found = _await_round(actor, show, threading.Event())
+    if not isinstance(found, RoundRecord):
+        raise NothingToLearn(found or "the round was stopped")
+    return found
+
+
+def train_by_schedule(
+    settings: Settings,
+    schedule: Schedule,
+    *,
+    stop: threading.Event,
+    ended: Ended = lambda record: None,
+    show: Callable[[Step], None] = lambda step: None,
+) -> None:
+    """Runs a round whenever one is due, and the watchdog all the while, until `stop` is set.
+
+    A round that fails, or whose process dies, is logged and recorded; the next is due as if it had run. Raises
+    RoundRunning where this cluster has a training job already.
+    """
+    registry = open_registry(settings)
+    url = f"http://{settings.gateway.host}:{settings.gateway.port}"
+    watchdog = threading.Thread(
+        target=watch, args=(settings,), kwargs={"url": url, "registry": registry, "stop": stop}, name="watchdog"
+    )
+    with training_actor(settings) as actor:
+        watchdog.start()
+        began, seen = time.monotonic(), 0
+        while not stop.wait(_TICK_S):
+            try:
+                logged = count_impressions(settings)
+                pointer = registry.pointer()
+                canary_runs = pointer is not None and pointer.canary is not None
+                if not schedule.is_due(time.monotonic() - began, logged - seen, canary_runs=canary_runs):
+                    continue
+                began = time.monotonic()
+                found = _await_round(actor, show, stop)
+                if isinstance(found, RoundRecord):
+                    seen = logged
+                    ended(found)
+                else:
+                    log.info("no round", reason=found)
+            except (TailraceError, RayError, KafkaError, OSError) as error:
+                log.error("round failed; what serves is as it was", error=str(error).splitlines()[0])
+        watchdog.join()
+
+
+def count_impressions(settings: Settings) -> int:
+    """Returns how many records `impressions` has ever had. Raises BrokerUnavailable."""
+    spans = load_spans(settings.kafka)
+    return sum(end for (role, _), (_, end) in spans.items() if role == "impressions")
+
+
+def _await_round(actor: Any, show: Callable[[Step], None], stop: threading.Event) -> RoundRecord | str:
+    running = actor.run_round.remote()
+    while not stop.is_set():
+        ready, _ = ray.wait([running], timeout=0.5)
+        if ready:
+            try:
+                found: RoundRecord | str = ray.get(running)
+            except RayTaskError as error:
+                cause: Any = error.cause
+                raise cause if isinstance(cause, TailraceError) else TailraceError(repr(cause)) from error
+            return found
+        try:
+            show(ray.get(actor.step.remote(), timeout=1.0))
+        except (RayActorError, ray.exceptions.GetTimeoutError):
+            continue  # the round itself says what is wrong
+    return ""

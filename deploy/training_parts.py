@@ -1,0 +1,59 @@
+"""What a training round is given: the one place that wires it. Training itself imports neither services nor Ray."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from services.scorer import Scorer
+from tailrace.events import ModelAnnouncement
+from tailrace.registry import announce, open_registry
+from tailrace.rounds import open_round_log
+from tailrace.settings import Settings
+from training.log_window import LogWindow, Window, plan_window, read_examples
+from training.rescoring import BundleScorer
+from training.round import Progress, RoundParts
+
+
+class KafkaLog:
+    """Impressions and feedback on Kafka, as `training.round.FeedbackLog`."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def plan(self, *, now_ms: int, fresh_since_ms: int | None) -> LogWindow:
+        """Returns the window that ends now. Raises BrokerUnavailable."""
+        return plan_window(self._settings.kafka, self._settings.training, now_ms=now_ms, fresh_since_ms=fresh_since_ms)
+
+    def read(self, window: LogWindow, progress: Progress) -> Window:
+        """Returns the window's examples. Raises BrokerUnavailable."""
+        training = self._settings.training
+        return read_examples(self._settings.kafka, window, training, seed=training.seed, progress=progress)
+
+
+def open_scorer(settings: Settings) -> Callable[[Path], BundleScorer]:
+    """Returns what opens a bundle as serving would: at the precision and on the device that serve."""
+    ranker = settings.ranker
+    precision = ("int8" if ranker.device == "cpu" else "fp16") if ranker.precision == "auto" else ranker.precision
+
+    def open_bundle(folder: Path) -> BundleScorer:
+        return Scorer.load(
+            folder, precision=precision, provider=ranker.device, intra_op_threads=settings.training.threads
+        )
+
+    return open_bundle
+
+
+def round_parts(settings: Settings, progress: Progress) -> RoundParts:
+    """Returns the parts of a round on Kafka. Nothing is connected yet."""
+
+    def tell_replicas(announcement: ModelAnnouncement) -> None:
+        announce(settings.kafka, announcement)
+
+    return RoundParts(
+        settings=settings,
+        registry=open_registry(settings),
+        rounds=open_round_log(settings),
+        log=KafkaLog(settings),
+        open_scorer=open_scorer(settings),
+        announce=tell_replicas,
+        progress=progress,
+    )

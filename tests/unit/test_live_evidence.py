@@ -1,0 +1,186 @@
+"""What the watchdog counts: shown and clicked by version, and what replicas tell, which may start again at zero."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from tailrace.events import Click, Impression, Ranked
+from tailrace.ids import ModelVersion
+from tailrace.pointer import Pointer
+from tailrace.settings import GateSettings
+from training.live_evidence import LiveEvidence, ReplicaStatus, VersionCounts
+from training.watchdog import Watch
+
+V1, V2 = ModelVersion("v1"), ModelVersion("v2")
+
+
+def impression(request: str = "r1", version: str = "v1", user: str = "u", items: str = "abc") -> Impression:
+    ranked = [Ranked(item_id=item, text="", features="", score=0.0, source="user") for item in items]
+    return Impression(
+        event_id=request,
+        request_id=request,
+        user_id=user,
+        occurred_at=0,
+        model_version=version,
+        feature_names_hash="",
+        user_text="",
+        shown=ranked,
+    )
+
+
+def click(item: str = "a", request: str | None = "r1", **fields: Any) -> Click:
+    return Click(event_id="e", user_id="u", occurred_at=1, item_id=item, request_id=request, **fields)
+
+
+def counted(evidence: LiveEvidence, version: str = "v1") -> tuple[int, int, int]:
+    """Impressions, items shown, items clicked."""
+    found = evidence.of(ModelVersion(version))
+    return found.impressions, int(found.shown_G.sum()), int(found.clicked_G.sum())
+
+
+def test_a_click_counts_for_the_version_of_the_impression_it_names() -> None:
+    evidence = LiveEvidence()
+    evidence.add_impression(impression("r1", "v1"))
+    evidence.add_impression(impression("r2", "v2", items="ab"))
+    evidence.add_click(click("a", "r2"))
+    assert counted(evidence, "v1") == (1, 3, 0)
+    assert counted(evidence, "v2") == (1, 2, 1)
+
+
+def test_an_item_is_clicked_once_and_a_retried_impression_is_shown_once() -> None:
+    evidence = LiveEvidence()
+    for _ in range(2):
+        evidence.add_impression(impression())
+        evidence.add_click(click("a"))
+        evidence.add_click(click("a", action="purchase"))
+    assert counted(evidence) == (1, 3, 1)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [click(action="skip"), click(action="hide"), click(action="view"), click(request=None), click("never shown")],
+)
+def test_what_is_no_click_on_what_was_shown_does_not_count(other: Click) -> None:
+    evidence = LiveEvidence()
+    evidence.add_impression(impression())
+    evidence.add_click(other)
+    assert counted(evidence) == (1, 3, 0)
+
+
+def test_a_click_that_comes_before_its_impression_counts_with_it() -> None:
+    evidence = LiveEvidence()
+    evidence.add_click(click("b"))
+    assert counted(evidence) == (0, 0, 0)
+    evidence.add_impression(impression())
+    evidence.add_click(click("b"))
+    assert counted(evidence) == (1, 3, 1)
+
+
+def test_one_user_is_always_in_one_group() -> None:
+    evidence = LiveEvidence()
+    for number in range(20):
+        evidence.add_impression(impression(f"r{number}", user="same"))
+    assert (evidence.of(V1).shown_G > 0).sum() == 1
+    for number in range(500):
+        evidence.add_impression(impression(f"s{number}", user=f"u{number}"))
+    assert (evidence.of(V1).shown_G > 0).all()
+
+
+def status(replica: str = "a", refused: dict[str, str] | None = None, **requests: int) -> ReplicaStatus:
+    return ReplicaStatus(
+        replica=replica,
+        refused={ModelVersion(version): why for version, why in (refused or {}).items()},
+        versions={
+            ModelVersion(version): VersionCounts(requests=count, below_top=count // 10, errors=0, score_p50_ms=5.0)
+            for version, count in requests.items()
+        },
+    )
+
+
+def test_replicas_are_added_up_and_what_they_had_counted_before_is_left_out() -> None:
+    evidence = LiveEvidence()
+    evidence.add_statuses([status("a", v1=1000), status("b", v1=500)])
+    assert evidence.of(V1).requests == 0
+    evidence.add_statuses([status("a", v1=1100), status("b", v1=520, v2=30)])
+    evidence.add_statuses([])  # a gateway that heard of none in time
+    evidence.add_statuses([status("a", v1=1100), status("b", v1=540, v2=30)])
+    assert (evidence.of(V1).requests, evidence.of(V1).below_top) == (140, 14)
+    assert (evidence.of(V2).requests, evidence.of(V2).score_p50_ms) == (30, 5.0)
+
+
+def test_a_replica_that_begins_anew_adds_what_it_counts_from_then_on() -> None:
+    evidence = LiveEvidence()
+    evidence.add_statuses([status("a", v1=1000)])
+    evidence.add_statuses([status("a", v1=40)])  # loaded anew
+    evidence.add_statuses([status("c", v1=20)])  # another in its place
+    assert evidence.of(V1).requests == 60
+
+
+def test_a_refusal_is_known_until_it_is_taken_back() -> None:
+    evidence = LiveEvidence()
+    evidence.add_statuses([status("a"), status("b", refused={"v2": "damaged"})])
+    assert evidence.of(V2).refused == "damaged"
+    evidence.add_statuses([status("a"), status("b")])
+    assert evidence.of(V2).refused == ""
+
+
+# -- what is on trial ----------------------------------------------------------------------------------------------
+
+
+def pointer(generation: int, **fields: Any) -> Pointer:
+    found: dict[str, Any] = {"champion": V1, "history": [], "reason": "promote", **fields}
+    return Pointer(generation=generation, updated_at=datetime(2026, 11, 23, tzinfo=UTC), **found)
+
+
+def failing(version: str, requests: int, errors: int) -> ReplicaStatus:
+    counts = VersionCounts(requests=requests, below_top=errors, errors=errors, score_p50_ms=5.0)
+    return ReplicaStatus(replica="a", refused={}, versions={ModelVersion(version): counts})
+
+
+def test_first_champion_and_pinned_champion_are_not_on_trial() -> None:
+    watched = Watch(GateSettings())
+    assert watched.judge() is None
+    watched.follow(pointer(1))
+    assert watched.judge() is None
+    watched.follow(pointer(2, champion=V2, history=[V1], reason="pin", pinned=True))
+    assert watched.judge() is None
+
+
+def test_promoted_champion_is_compared_with_what_is_remembered_of_the_one_before() -> None:
+    for errors_before, action in ((0, "rollback"), (80, "wait")):
+        watched = Watch(GateSettings())
+        watched.follow(pointer(1))
+        watched.evidence.add_statuses([failing("v1", 0, 0)])
+        watched.evidence.add_statuses([failing("v1", 200, errors_before)])
+        watched.follow(pointer(2, champion=V2, history=[V1]))
+        watched.evidence.add_statuses([failing("v2", 100, 40)])
+        judged = watched.judge()
+        assert judged is not None
+        assert (judged[0], judged[1].action) == (V2, action)
+
+
+def test_champion_that_was_rolled_back_to_or_has_answered_enough_is_trusted() -> None:
+    watched = Watch(GateSettings())
+    watched.follow(pointer(3, history=[V2], reason="rollback"))
+    watched.evidence.add_statuses([failing("v1", 0, 0)])
+    watched.evidence.add_statuses([failing("v1", 100, 100)])
+    assert watched.judge() is None
+    watched.follow(pointer(4, history=[V2]))
+    watched.evidence.add_statuses([failing("v1", 1200, 100)])
+    assert watched.judge() is None
+
+
+def test_counts_begin_anew_with_the_canary_so_that_both_are_judged_on_the_same_time() -> None:
+    watched = Watch(GateSettings())
+    watched.follow(pointer(1))
+    watched.evidence.add_impression(impression())
+    watched.evidence.add_statuses([failing("v1", 0, 0)])
+    watched.evidence.add_statuses([failing("v1", 100, 0)])
+    watched.follow(pointer(2, canary=V2, canary_share=0.2, reason="canary"))
+    assert (watched.evidence.of(V1).requests, watched.evidence.of(V1).impressions) == (0, 0)
+    watched.evidence.add_statuses([failing("v1", 150, 0)])
+    assert watched.evidence.of(V1).requests == 50
+    judged = watched.judge()
+    assert judged is not None
+    assert (judged[0], judged[1].action) == (V2, "wait")

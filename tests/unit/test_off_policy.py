@@ -1,0 +1,212 @@
+"""What another policy would have earned: held against a small world where that is known exactly."""
+
+from dataclasses import dataclass
+from itertools import permutations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from services.slate import place_probabilities
+from tailrace.errors import TooLittleOverlap
+from tests.made_up_slates import make_example
+from training.off_policy import LoggedSlates, OffPolicy, estimate, logged_slates, target_probabilities
+
+Reals = NDArray[np.float64]
+Ranks = NDArray[np.int64]
+
+READERS, ITEMS, PLACES = 12, 6, 4
+LOGS, SLATES = 500, 1000
+
+
+@dataclass(frozen=True)
+class Log:
+    """What was logged; the target's chances; the true joy in each item logged, and in what the target might show."""
+
+    slates: LoggedSlates
+    target_EK: Reals
+    joy_EK: Reals
+    hoped_EK: Reals
+
+    def part(self, rows: slice) -> "Log":
+        slates = self.slates
+        cut = LoggedSlates(slates.clicks_EK[rows], slates.propensities_EK[rows], slates.shown_EK[rows])
+        return Log(cut, self.target_EK[rows], self.joy_EK[rows], self.hoped_EK[rows])
+
+
+@dataclass(frozen=True)
+class SmallWorld:
+    """Readers who look from the top down; after a click they look half as much, so what stands above matters.
+
+    Both policies take the best item left by their own ranks, or another by lot, as `services.slate` does.
+    """
+
+    joy_RI: Reals
+    logging_RI: Ranks
+    target_RI: Ranks
+    exploration: float
+    target_exploration: float
+
+    def log(self, slates: int, seed: int) -> Log:
+        rng = np.random.default_rng(seed)
+        readers_E, rows = rng.integers(0, READERS, size=slates), np.arange(slates)
+        left_EI = np.ones((slates, ITEMS), dtype=np.bool_)
+        looks_E = np.ones(slates)
+        clicks_EK, logged_EK, target_EK, joy_EK, hoped_EK = (np.zeros((slates, PLACES)) for _ in range(5))
+        for place in range(PLACES):
+            own_EI = self._chances(self.logging_RI[readers_E], left_EI, self.exploration)
+            other_EI = self._chances(self.target_RI[readers_E], left_EI, self.target_exploration)
+            item_E = (own_EI.cumsum(1) <= rng.random(slates)[:, None]).sum(1).clip(0, ITEMS - 1)
+            logged_EK[:, place], target_EK[:, place] = own_EI[rows, item_E], other_EI[rows, item_E]
+            joy_EK[:, place] = self.joy_RI[readers_E, item_E]
+            hoped_EK[:, place] = (other_EI * self.joy_RI[readers_E]).sum(1)
+            clicked_E = rng.random(slates) < looks_E * joy_EK[:, place]
+            clicks_EK[:, place] = clicked_E
+            looks_E = np.where(clicked_E, looks_E / 2, looks_E)
+            left_EI[rows, item_E] = False
+        return Log(LoggedSlates(clicks_EK, logged_EK, np.ones_like(left_EI[:, :PLACES])), target_EK, joy_EK, hoped_EK)
+
+    def truth(self) -> float:
+        """The target's click rate, over every slate it can make and every way to click."""
+        total = 0.0
+        for slate in permutations(range(ITEMS), PLACES):
+            chance_R, left = np.ones(READERS), list(range(ITEMS))
+            clicks_RC = np.eye(PLACES + 1)[np.zeros(READERS, np.int64)]  # chance of so many clicks so far
+            for item in slate:
+                ahead_R = (self.target_RI[:, left] < self.target_RI[:, [item]]).sum(1)
+                chance_R = chance_R * place_probabilities(len(left), self.target_exploration, ITEMS)[ahead_R]
+                more_RC = clicks_RC * 0.5 ** np.arange(PLACES + 1) * self.joy_RI[:, [item]]
+                clicks_RC = clicks_RC - more_RC + np.roll(more_RC, 1, axis=1)
+                left.remove(item)
+            total += float((chance_R * (clicks_RC @ np.arange(PLACES + 1))).mean())
+        return total / PLACES
+
+    @staticmethod
+    def _chances(ranks_EI: Ranks, left_EI: NDArray[np.bool_], exploration: float) -> Reals:
+        left = int(left_EI[0].sum())
+        by_rank = np.append(place_probabilities(left, exploration, ITEMS), np.zeros(ITEMS - left))
+        result: Reals = by_rank[np.argsort(np.argsort(np.where(left_EI, ranks_EI, ITEMS), axis=1), axis=1)]
+        return result
+
+
+def small_world(*, exploration: float = 0.3, likeness: float = 0.9, seed: int = 3) -> SmallWorld:
+    """Returns a world whose target knows the readers' joys better than the logging policy; 1 makes them like."""
+    rng = np.random.default_rng(seed)
+    taste_RI = rng.normal(size=(READERS, ITEMS))
+    guess_RI = likeness * taste_RI + (1 - likeness) * rng.normal(size=(READERS, ITEMS))
+    return SmallWorld(
+        joy_RI=1 / (1 + np.exp(2.0 - taste_RI)),
+        logging_RI=np.argsort(np.argsort(-guess_RI, axis=1), axis=1),
+        target_RI=np.argsort(np.argsort(-taste_RI, axis=1), axis=1),
+        exploration=exploration,
+        target_exploration=0.15,
+    )
+
+
+@pytest.fixture(scope="module")
+def simulated() -> tuple[float, list[OffPolicy], list[OffPolicy]]:
+    """The truth, and what 500 logs say of it: without and with a reward model, which is the joys less a fifth."""
+    world = small_world()
+    whole = world.log(LOGS * SLATES, seed=11)
+    logs = [whole.part(slice(start, start + SLATES)) for start in range(0, LOGS * SLATES, SLATES)]
+    plain = [estimate(log.slates, log.target_EK) for log in logs]
+    modelled = [
+        estimate(log.slates, log.target_EK, predicted_EK=0.8 * log.joy_EK, expected_EK=0.8 * log.hoped_EK)
+        for log in logs
+    ]
+    return world.truth(), plain, modelled
+
+
+def values(found: list[OffPolicy], name: str) -> NDArray[np.float64]:
+    return np.array([getattr(one, name).value for one in found])
+
+
+@pytest.mark.parametrize("name", ["ips", "snips", "doubly_robust", "modelled"])
+def test_intervals_cover_the_truth_as_often_as_they_say(
+    simulated: tuple[float, list[OffPolicy], list[OffPolicy]], name: str
+) -> None:
+    truth, plain, modelled = simulated
+    estimates = [
+        one.doubly_robust if name == "modelled" else getattr(one, name)
+        for one in (modelled if name == "modelled" else plain)
+    ]
+    covered = np.mean([one.low <= truth <= one.high for one in estimates])
+    assert 0.93 <= covered <= 0.97, covered
+
+
+def test_the_estimates_are_right_on_average_where_the_logged_rate_is_not(
+    simulated: tuple[float, list[OffPolicy], list[OffPolicy]],
+) -> None:
+    truth, plain, modelled = simulated
+    for found in (values(plain, "ips"), values(plain, "doubly_robust"), values(modelled, "doubly_robust")):
+        assert abs(found.mean() - truth) < 4 * found.std() / np.sqrt(LOGS)
+    assert abs(values(plain, "snips").mean() - truth) < 0.001
+    assert abs(values(plain, "logged").mean() - truth) > 0.004
+
+
+def test_doubly_robust_varies_no_more_than_ips(simulated: tuple[float, list[OffPolicy], list[OffPolicy]]) -> None:
+    _, plain, modelled = simulated
+    assert values(plain, "doubly_robust").var() <= values(plain, "ips").var()
+    assert values(modelled, "doubly_robust").var() <= values(plain, "ips").var()
+
+
+def test_a_reward_model_that_is_wrong_does_no_harm_on_average() -> None:
+    world = small_world()
+    found = []
+    for seed in range(60):
+        log = world.log(SLATES, seed)
+        nonsense = {"predicted_EK": 1 - log.joy_EK, "expected_EK": 1 - log.hoped_EK}
+        found.append(estimate(log.slates, log.target_EK, **nonsense).doubly_robust.value)
+    assert abs(np.mean(found) - world.truth()) < 4 * np.std(found) / np.sqrt(len(found))
+
+
+def test_a_policy_estimated_from_its_own_log_gets_the_logged_rate() -> None:
+    log = small_world().log(300, seed=1)
+    found = estimate(log.slates, log.slates.propensities_EK)
+    rate = log.slates.clicks_EK.mean()
+    assert found.effective_slates == pytest.approx(300) and found.mean_weight == 1
+    for one in (found.logged, found.ips, found.snips, found.doubly_robust):
+        assert one.value == pytest.approx(rate)
+
+
+def test_a_log_worth_too_few_slates_is_refused() -> None:
+    log = small_world(likeness=0.5).log(SLATES, seed=1)
+    with pytest.raises(TooLittleOverlap, match=r"1000 logged slates are worth .*: at least 100 are needed"):
+        estimate(log.slates, log.target_EK)
+
+
+def test_a_log_that_lacks_what_the_target_shows_is_refused_however_long() -> None:
+    # Half the time the target shows what the log never did: the weights of the rest average a half.
+    slates = 4000
+    logged = LoggedSlates(np.zeros((slates, 1)), np.full((slates, 1), 0.5), np.ones((slates, 1), np.bool_))
+    with pytest.raises(TooLittleOverlap, match="missing"):
+        estimate(logged, np.full((slates, 1), 0.25))
+
+
+def test_a_target_that_never_shows_what_was_logged_is_refused() -> None:
+    logged = LoggedSlates(np.ones((200, 2)), np.full((200, 2), 0.5), np.ones((200, 2), np.bool_))
+    with pytest.raises(TooLittleOverlap):
+        estimate(logged, np.zeros((200, 2)))
+
+
+@pytest.mark.parametrize("wrong", [0.0, -0.1, 1.1, float("nan")])
+def test_chances_outside_their_range_are_an_error(wrong: float) -> None:
+    shown = np.ones((200, 1), np.bool_)
+    with pytest.raises(ValueError, match="propensity"):
+        estimate(LoggedSlates(np.zeros((200, 1)), np.full((200, 1), wrong), shown), np.ones((200, 1)))
+    if wrong != 0:
+        with pytest.raises(ValueError, match="target"):
+            estimate(LoggedSlates(np.zeros((200, 1)), np.ones((200, 1)), shown), np.full((200, 1), wrong))
+
+
+def test_slates_of_several_lengths_count_each_by_its_own_items() -> None:
+    examples = [
+        make_example([1], propensities=[0.9], number=0),
+        make_example([0, 1], propensities=[0.9, 0.5], unshown=2, number=1),
+    ] * 100
+    slates = logged_slates(examples)
+    assert slates.clicks_EK.shape == (200, 2) and slates.shown_EK.sum() == 300
+    target = target_probabilities(examples, lambda example: example.propensities_N[: example.num_shown])
+    found = estimate(slates, target)
+    for one in (found.logged, found.ips, found.snips, found.doubly_robust):
+        assert one.value == pytest.approx(0.75)

@@ -1,0 +1,133 @@
+"""A round's report: every figure given stands in it, and no text of an item becomes markup."""
+
+import base64
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tailrace.settings import GateSettings
+from tests.made_up_slates import make_examples
+from training.evaluate import evaluate
+from training.gate import Guardrails, decide
+from training.popularity import count_popularity
+from training.report import FIGURES, ItemMove, RoundFacts, item_moves, write_report
+
+NASTY = "<script>alert('1')</script> | *bold* & [link](javascript:x) <img src=x onerror=y>\n# heading"
+
+
+@pytest.fixture(scope="module")
+def facts() -> RoundFacts:
+    examples, worths = make_examples(80)
+    rng = np.random.default_rng(4)
+    before = [worth + rng.normal(size=len(worth)) for worth in worths]
+    popularity = count_popularity(examples[:40])
+    seen = np.ones(8)
+    champion = evaluate(examples, before, popularity=popularity, examination_K=seen, bootstrap=50)
+    challenger = evaluate(examples, worths, popularity=popularity, examination_K=seen, bootstrap=50)
+    return RoundFacts(
+        version="v8",
+        parent="v7",
+        began_at="2026-11-24T02:00:00Z",
+        read={"impressions": 12_345, "late labels": 67, "window": "7 days", "share with a click": 0.31234},
+        history=[
+            {"train loss": 2.5, "stop loss": 2.4, "stop NDCG@10": 0.41},
+            {"train loss": 2.2, "stop loss": None, "stop NDCG@10": 0.44},
+        ],
+        champion=champion,
+        challenger=challenger,
+        verdict=decide(champion, challenger, Guardrails("", 1.07), GateSettings()),
+        took_s={"read": 3.21, "fine-tune": 45.6},
+        moves=[ItemMove(NASTY, 1_200, 7.25, 2.5), *item_moves(examples, before, worths, most=3)],
+        notes=["Nothing else of note."],
+    )
+
+
+@pytest.fixture(scope="module")
+def pages(facts: RoundFacts, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return write_report(tmp_path_factory.mktemp("report") / "round", facts)
+
+
+class Reader(HTMLParser):
+    """The tags and the text of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data + "\n"
+
+
+def test_every_figure_given_stands_in_both_pages(facts: RoundFacts, pages: tuple[Path, Path]) -> None:
+    markdown = pages[0].read_text().replace("\\", "")
+    text = Reader(pages[1].read_text()).text
+    expected = ["12,345", "67", "7 days", "0.3123", "2026-11-24T02:00:00Z", "3.2", "45.6", "v7", "v8", "1,200", "7.2"]
+    expected += ["Nothing else of note.", "Promoted.", *[check.text for check in facts.verdict.checks]]
+    for model in (facts.champion, facts.challenger):
+        for name in FIGURES.keys() & model.figures.keys():
+            found = model.figures[name]
+            expected.append(f"{found.mean:.4f} ({found.low:.4f} to {found.high:.4f})")
+        expected += [f"{one.figures['ndcg_10'].mean:.4f}" for one in model.slices.values()]
+    expected += [FIGURES[name][0] for name in FIGURES.keys() & facts.champion.figures.keys()]
+    for what in expected:
+        assert what in text, what
+        assert what in markdown or what in markdown.replace("&amp;", "&"), what
+
+
+def test_every_figure_of_an_evaluation_has_its_row(facts: RoundFacts) -> None:
+    assert set(facts.champion.figures) - {"click_rate"} == set(FIGURES) - {"diversity"}
+
+
+def test_html_is_one_file_with_its_plots_inside(pages: tuple[Path, Path]) -> None:
+    tags = Reader(pages[1].read_text()).tags
+    sources = [attributes["src"] or "" for tag, attributes in tags if tag == "img"]
+    assert len(sources) == 3
+    for source in sources:
+        assert base64.b64decode(source.removeprefix("data:image/png;base64,")).startswith(b"\x89PNG")
+    assert not {tag for tag, _ in tags} & {"script", "link", "iframe"}
+
+
+def test_markdown_shows_the_plots_that_lie_beside_it(pages: tuple[Path, Path]) -> None:
+    names = re.findall(r"!\[[^\]]*\]\(([^)]*)\)", pages[0].read_text())
+    assert names == ["loss.png", "reliability.png", "slices.png"]
+    assert all((pages[0].parent / name).read_bytes().startswith(b"\x89PNG") for name in names)
+
+
+def test_text_of_an_item_never_becomes_markup(pages: tuple[Path, Path]) -> None:
+    reader = Reader(pages[1].read_text())
+    assert NASTY in reader.text
+    assert not any("onerror" in attributes or "href" in attributes for _, attributes in reader.tags)
+    row = next(line for line in pages[0].read_text().splitlines() if "alert" in line)
+    assert "<" not in row and len(re.findall(r"(?<!\\)\|", row)) == 5
+    assert r"\*bold\*" in row and r"\[link\]" in row
+
+
+def test_no_users_text_stands_in_a_report(pages: tuple[Path, Path]) -> None:
+    assert not any("likes number" in page.read_text() for page in pages)
+
+
+def test_a_refusal_says_why(facts: RoundFacts, tmp_path: Path) -> None:
+    verdict = decide(facts.challenger, facts.champion, Guardrails("int8: vectors max 0.4", 1.0), GateSettings())
+    markdown, _ = write_report(tmp_path, replace(facts, verdict=verdict, history=[], moves=(), notes=()))
+    text = markdown.read_text().replace("\\", "")
+    assert "Not promoted. NDCG@10" in text and "int8: vectors max 0.4" in text and "| FAILED | parity |" in text
+    assert "loss.png" not in text and "Notes" not in text
+
+
+def test_items_that_moved_most_come_first_with_their_mean_places() -> None:
+    examples, worths = make_examples(4, shown=3, unshown=0, catalogue=3)
+    first = examples[0].texts[0]
+    before = [np.array([float(text != first) for text in one.texts]) for one in examples]
+    after = [1 - scores for scores in before]
+    assert item_moves(examples, before, after)[0] == ItemMove(first, 4, 3.0, 1.0)
+    unmoved = item_moves(examples, worths, worths)
+    assert all(move.champion_place == move.challenger_place for move in unmoved)

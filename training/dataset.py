@@ -1,0 +1,309 @@
+"""From examples to tensors: texts as tokens, what the frozen layers say of them, and batches of packed impressions.
+
+An impression is packed: its user is read once and all its candidates meet that user in one pass. The states of
+distinct item texts below the split are computed once. So is what lies above the split but does not learn: it is kept
+between epochs, as float16, in which item states rest in serving too. With no layer left to learn only the pooled top
+states are kept, and an epoch is arithmetic on a few numbers per candidate.
+
+Shapes: E examples, B of them in a batch, N candidates, U user tokens, T states per item, H hidden size, F features.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from training.examples import Example
+from training.model import SplitRanker
+
+KEPT_BYTES = 3 * 2**30  # states kept between epochs; what does not fit is computed again when its turn comes
+EXAMPLES_PER_PASS = 32  # about a thousand states: enough to keep the products busy, few enough for a core's cache
+_POOL = 32  # batches whose examples are sorted by length together
+_BYTES_PER_NUMBER = 2
+
+Precision = Callable[[], AbstractContextManager[object]]
+Done = Callable[[int, int], None]  # examples read, examples in all
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """B packed impressions, padded. States are those before the first layer that learns."""
+
+    users: Tensor  # float32 [B,U,H]; none of them (U = 0) where no layer learns
+    user_vectors: Tensor  # float32 [B,H]
+    user_mask: Tensor  # int64 [B,U]
+    states: Tensor  # float32 [B,N,T,H]
+    state_mask: Tensor  # int64 [B,N,T]
+    features: Tensor  # float32 [B,N,F], in standard units
+    real: Tensor  # bool [B,N]
+    shown: Tensor  # bool [B,N]
+    gains: Tensor  # float32 [B,N]
+    clicked: Tensor  # bool [B,N]
+    ratings: Tensor  # float32 [B,N], NaN where not rated
+    weights: Tensor  # float32 [B]
+    replayed: Tensor  # bool [B]
+
+    def to(self, device: torch.device) -> "Batch":
+        """Returns the batch on a device."""
+        return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """An example, how much it weighs, and whether it is an older one that is replayed."""
+
+    example: Example
+    weight: float = 1.0
+    replayed: bool = False
+
+    @property
+    def teaches(self) -> bool:
+        """Whether something good happened, or somebody judged: such a slate says more than a silent one."""
+        return bool(self.example.gains_N.any() or not np.isnan(self.example.ratings_N).all())
+
+
+class Reading(NamedTuple):
+    """One example before the first layer that learns: float16 states of its user [U,H] and its candidates [N,T,H]."""
+
+    users: Tensor
+    states: Tensor
+    vector: Tensor  # float32 [H]: the user's
+
+
+class Corpus:
+    """Examples as batches for one ranker, of which the layers below `first_layer` stay as they are."""
+
+    def __init__(
+        self,
+        ranker: SplitRanker,
+        tokenizer: Tokenizer,
+        lessons: Sequence[Lesson],
+        *,
+        first_layer: int,
+        max_user_tokens: int,
+        max_item_tokens: int,
+        units: tuple[NDArray[np.float64], NDArray[np.float64]],
+        precision: Precision,
+        device: torch.device,
+        kept_bytes: int = KEPT_BYTES,
+        done: Done | None = None,
+    ) -> None:
+        """Reads every text once. The ranker must be on `device`, and its frozen layers stay in evaluation mode."""
+        self.lessons = lessons
+        self._ranker, self._first_layer, self._precision, self._device = ranker, first_layer, precision, device
+        self._pooled_only = first_layer == len(ranker.bert.stack)
+        self._pad_token = ranker.bert.shape.pad_token_id or 0
+        self._mean, self._std = units
+
+        # 1. Texts as tokens, cut as they are in serving.
+        self._users = _tokenize(tokenizer, [lesson.example.user_text for lesson in lessons], max_user_tokens)
+        distinct: dict[str, int] = {}
+        self._rows = [[distinct.setdefault(text, len(distinct)) for text in one.example.texts] for one in lessons]
+        # 2. Every distinct item text, below the split.
+        self._table, self._table_mask = self._read_items(_tokenize(tokenizer, list(distinct), max_item_tokens))
+        # 3. What is above the split and does not learn, until the room is used up. Examples of like length go
+        #    together, always the same ones: noise of padding is then the same after a restart.
+        self._kept: dict[int, Reading] = {}
+        order = np.lexsort((self.widths, self.lengths)).tolist()
+        room, read = kept_bytes, 0
+        for start in range(0, len(order), EXAMPLES_PER_PASS):
+            chunk = order[start : start + EXAMPLES_PER_PASS]
+            room -= sum(map(self._size, chunk))
+            if room < 0:
+                break
+            self._kept |= dict(zip(chunk, self._read(chunk), strict=True))
+            read += len(chunk)
+            if done:
+                done(read, len(order))
+
+    def __len__(self) -> int:
+        return len(self.lessons)
+
+    @property
+    def sizes(self) -> list[int]:
+        """What decides the size of each example's tensors: user tokens, or candidates where only those are left."""
+        return self.widths if self._pooled_only else self.lengths
+
+    @property
+    def lengths(self) -> list[int]:
+        """User tokens of each example."""
+        return [len(tokens) for tokens in self._users]
+
+    @property
+    def widths(self) -> list[int]:
+        """Candidates of each example."""
+        return [len(rows) for rows in self._rows]
+
+    def batches(self, among: Sequence[int] | None = None) -> Iterator[tuple[list[int], Batch]]:
+        """Yields all examples, or some, in batches of like length, with their numbers."""
+        order = np.lexsort((self.lengths, self.widths)).tolist()
+        if among is not None:
+            wanted = set(among)
+            order = [index for index in order if index in wanted]
+        for start in range(0, len(order), EXAMPLES_PER_PASS):
+            chosen = order[start : start + EXAMPLES_PER_PASS]
+            yield chosen, self.batch(chosen)
+
+    def batch(self, chosen: Sequence[int]) -> Batch:
+        """Returns these examples as one batch, on the device."""
+        missing = [index for index in chosen if index not in self._kept]
+        fresh = dict(zip(missing, self._read(missing), strict=True)) if missing else {}
+        held = [self._kept[index] if index in self._kept else fresh[index] for index in chosen]
+        lessons = [self.lessons[index] for index in chosen]
+        examples = [lesson.example for lesson in lessons]
+        rows, real = self._pad_rows(chosen)
+        if self._first_layer == self._ranker.split_layer and not self._pooled_only:
+            states, state_mask = self._table[rows].float(), self._table_mask[rows] * real.unsqueeze(-1)
+        else:
+            states = torch.nn.utils.rnn.pad_sequence([one.states for one in held], batch_first=True).float()
+            state_mask = real.unsqueeze(-1).long() if self._pooled_only else self._table_mask[rows] * real.unsqueeze(-1)
+        users = [one.users for one in held]
+        lengths = torch.tensor([len(states) for states in users])
+        standard = [((one.features_NF - self._mean) / self._std).astype(np.float32) for one in examples]
+        width = real.shape[1]
+        return Batch(
+            user_vectors=torch.stack([one.vector for one in held]),
+            users=torch.nn.utils.rnn.pad_sequence(users, batch_first=True).float(),
+            user_mask=(torch.arange(int(lengths.max())) < lengths.unsqueeze(1)).long(),
+            states=states,
+            state_mask=state_mask,
+            features=torch.nn.utils.rnn.pad_sequence([torch.from_numpy(one) for one in standard], batch_first=True),
+            real=real,
+            shown=torch.arange(width) < torch.tensor([one.num_shown for one in examples]).unsqueeze(1),
+            gains=_pad([one.gains_N for one in examples], 0.0),
+            clicked=_pad([one.clicked_N for one in examples], False),
+            ratings=_pad([one.ratings_N for one in examples], float("nan")),
+            weights=torch.tensor([lesson.weight for lesson in lessons]),
+            replayed=torch.tensor([lesson.replayed for lesson in lessons]),
+        ).to(self._device)
+
+    def _read_items(self, tokens: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Returns float16 states [M,T,H] of items after layer k and their mask [M,T]."""
+        order = np.argsort([len(one) for one in tokens], kind="stable").tolist()
+        longest = max(map(len, tokens), default=0)
+        kept = self._ranker.item_states or longest
+        table = torch.zeros(len(tokens), kept, self._ranker.bert.shape.hidden_size, dtype=torch.float16)
+        mask = torch.zeros(len(tokens), kept, dtype=torch.int64)
+        for start in range(0, len(order), EXAMPLES_PER_PASS):
+            chunk = order[start : start + EXAMPLES_PER_PASS]
+            with torch.no_grad(), self._precision():
+                states, state_mask, _ = self._ranker.encode_items(
+                    *self._pad_tokens([tokens[row] for row in chunk]), with_vectors=False
+                )
+            table[chunk, : states.shape[1]] = states.cpu().half()
+            mask[chunk, : states.shape[1]] = state_mask.cpu()
+        return table, mask
+
+    def _read(self, chosen: Sequence[int]) -> list["Reading"]:
+        """Returns what the layers that stay as they are say of examples.
+
+        Where the first layer that learns is the split, candidates have no states of their own: the table holds them.
+        With no layer left a candidate has one, the mean, and a user none.
+        """
+        ranker = self._ranker
+        tokens, user_mask = self._pad_tokens([self._users[index] for index in chosen])
+        rows, real = self._pad_rows(chosen)
+        states = self._table[rows].to(self._device, torch.float32)
+        state_mask = (self._table_mask[rows] * real.unsqueeze(-1)).to(self._device)
+        if self._first_layer == ranker.split_layer and not self._pooled_only:
+            states, state_mask = states[:, :0], state_mask[:, :0]
+        with torch.no_grad(), self._precision():
+            users = ranker.read_alone(tokens, user_mask)
+            vectors = ranker.embed_users(users, user_mask).float().cpu()
+            if self._first_layer > ranker.split_layer:
+                users, states = ranker.advance(
+                    users, user_mask, states, state_mask, ranker.split_layer, self._first_layer
+                )
+        lengths, widths = user_mask.sum(1).tolist(), real.sum(1).tolist()
+        if self._pooled_only:
+            users, states, lengths = users[:, :0], _mean(states, state_mask), [0] * len(chosen)
+        users, states = users.cpu().half(), states.cpu().half()
+        return [
+            Reading(users[row, :length].clone(), states[row, :width].clone(), vectors[row])
+            for row, (length, width) in enumerate(zip(lengths, widths, strict=True))
+        ]
+
+    def _size(self, index: int) -> int:
+        """Returns how many bytes keeping an example takes."""
+        tokens, items = len(self._users[index]), len(self._rows[index])
+        if self._pooled_only:
+            vectors = items
+        else:
+            own = 0 if self._first_layer == self._ranker.split_layer else items * self._table.shape[1]
+            vectors = tokens + own
+        return (vectors + 2) * self._table.shape[2] * _BYTES_PER_NUMBER
+
+    def _pad_rows(self, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Returns the candidates' rows in the table [B,N] and which of them are real."""
+        rows = [torch.tensor(self._rows[index]) for index in chosen]
+        widths = torch.tensor([len(one) for one in rows])
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return padded, torch.arange(padded.shape[1]) < widths.unsqueeze(1)
+
+    def _pad_tokens(self, tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        lengths = torch.tensor([len(one) for one in tokens])
+        padded = torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(one) for one in tokens], batch_first=True, padding_value=self._pad_token
+        )
+        mask = (torch.arange(padded.shape[1]) < lengths.unsqueeze(1)).long()
+        return padded.to(self._device), mask.to(self._device)
+
+
+def plan_batches(lengths: Sequence[int], size: int, *, seed: int, epoch: int) -> list[list[int]]:
+    """Returns the numbers of all examples in batches of like length, in an order that seed and epoch decide. Pure.
+
+    >>> sorted(sum(plan_batches([5, 90, 5, 90], 2, seed=0, epoch=0), []))
+    [0, 1, 2, 3]
+    """
+    rng = np.random.default_rng([seed, epoch])
+    drawn = rng.permutation(len(lengths))
+    length_E = np.asarray(lengths)
+    pools = [drawn[start : start + size * _POOL] for start in range(0, len(drawn), size * _POOL)]
+    sorted_pools = [pool[np.argsort(length_E[pool], kind="stable")] for pool in pools]
+    batches = [pool[start : start + size].tolist() for pool in sorted_pools for start in range(0, len(pool), size)]
+    return [batches[index] for index in rng.permutation(len(batches))]
+
+
+def choose_lessons(
+    train: Sequence[Example], replay: Sequence[Example], *, silent_share: float, seed: int
+) -> list[Lesson]:
+    """Returns what to learn from: every slate that teaches, and a share of the silent ones, which weigh more for it.
+
+    A slate on which nothing happened has no say in the listwise loss; reading it costs as much as any other. So few
+    are kept, each for as many as it stands for, and logits stay calibrated (He et al. 2014, "Practical lessons from
+    predicting clicks on ads", there by a correction afterwards).
+    """
+    rng = np.random.default_rng([seed, len(train)])
+    lessons = []
+    for replayed, examples in ((False, train), (True, replay)):
+        for example, draw in zip(examples, rng.random(len(examples)), strict=True):
+            lesson = Lesson(example, replayed=replayed)
+            if lesson.teaches or silent_share >= 1:
+                lessons.append(lesson)
+            elif draw < silent_share:
+                lessons.append(Lesson(example, weight=1 / silent_share, replayed=replayed))
+    return lessons
+
+
+def _tokenize(tokenizer: Tokenizer, texts: Sequence[str], most: int) -> list[list[int]]:
+    own = Tokenizer.from_str(tokenizer.to_str())  # truncation is a state of the tokenizer: leave the caller's alone
+    own.no_padding()
+    own.enable_truncation(most)
+    return [encoding.ids for encoding in own.encode_batch(list(texts))]
+
+
+def _pad(columns: Sequence[NDArray[np.generic]], value: float | bool) -> Tensor:
+    tensors = [torch.from_numpy(np.array(column)) for column in columns]
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+
+
+def _mean(states: Tensor, mask: Tensor) -> Tensor:
+    """Returns the mean over the last but one axis, which it keeps at length 1: [...,M,H] and [...,M] to [...,1,H]."""
+    weights = mask.to(states.dtype).unsqueeze(-1)
+    return (states * weights).sum(-2, keepdim=True) / weights.sum(-2, keepdim=True).clamp(min=1.0)

@@ -1,0 +1,250 @@
+"""Fine-tuning: from the serving model and fresh examples to a challenger, or back to the parent where none is better.
+
+There are no in-batch negatives, and so no logQ correction: a candidate's late features belong to one user at one
+moment, and the items of another slate have none for this user. The log's unshown candidates do that work.
+"""
+
+import copy
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from tailrace.settings import TrainingSettings
+from training.checkpoints import EpochRecord
+from training.course import Course, StopSlice, score_corpus
+from training.dataset import Corpus, Lesson, Precision, choose_lessons
+from training.examples import Example
+from training.export import Progress
+from training.learner import (
+    Learner,
+    add_level,
+    feature_units,
+    level_shift,
+    put_learned,
+    to_raw_units,
+    to_standard_units,
+)
+from training.model import SplitRanker
+
+MOST_PLACES = 50  # places of a slate with a bias of their own; further ones share the last
+LEVEL_LESSONS = 1000  # enough to find the level of the logits
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """What a fine-tune came to.
+
+    `better` says whether `ranker` is a new one: otherwise it is the very parent, and `reason` says why.
+    `lessons` impressions were learned from; `impressions_per_s` counts each pass over them in all the time it took.
+    """
+
+    ranker: SplitRanker
+    better: bool
+    reason: str
+    history: list[EpochRecord]
+    steps: int
+    lessons: int
+    stopped_early: bool
+    position_bias: list[float]
+    precision: str
+    took_s: float
+    reading_s: float
+    impressions_per_s: float
+    resumed: bool
+
+
+def fine_tune(
+    ranker: SplitRanker,
+    tokenizer: Tokenizer,
+    train: Sequence[Example],
+    stop: Sequence[Example],
+    replay: Sequence[Example],
+    settings: TrainingSettings,
+    *,
+    max_user_tokens: int,
+    max_item_tokens: int,
+    folder: Path,
+    position_bias: bool = True,
+    progress: Progress | None = None,
+    checkpoint_every_s: float = 20.0,
+) -> FineTuned:
+    """Returns a ranker that learned from `train` and `replay`, or the parent where it is no better on `stop`.
+
+    `ranker` itself is left alone. Checkpoints and TensorBoard files go to `folder`; a call with the same arguments
+    after a kill goes on from there, to the same weights. Raises TrainingDiverged where the loss is no number any
+    more, ValueError where there is nothing to learn from.
+    """
+    started = time.perf_counter()
+    announce = progress or (lambda step, done, total: None)
+    device = torch.device(settings.device)
+    precision_name, precision = choose_precision(settings)
+    with _torch_for(settings):
+        # 1. What is learned from, and in which units.
+        lessons = choose_lessons(train, replay, silent_share=settings.silent_share, seed=settings.seed)
+        if not lessons:
+            raise ValueError("no example to learn from")
+        units = feature_units(ranker.head, np.concatenate([lesson.example.features_NF for lesson in lessons]))
+
+        # 2. The parent, in those units: what learns is a copy of it, whose upper layers do.
+        first_layer = max(len(ranker.bert.stack) - settings.trainable_layers, ranker.split_layer)
+        parent = copy.deepcopy(ranker).to(device)
+        to_standard_units(parent.head, *units)
+        as_parent = Learner(parent, first_layer, num_positions=1)
+
+        # 3. What the layers that stay as they are say of every text.
+        read = partial(
+            Corpus,
+            parent,
+            tokenizer,
+            first_layer=first_layer,
+            max_user_tokens=max_user_tokens,
+            max_item_tokens=max_item_tokens,
+            units=units,
+            precision=precision,
+            device=device,
+            done=partial(announce, "read"),
+        )
+        corpus = read(lessons)
+        stop_corpus = read([Lesson(example) for example in stop])
+
+        # 4. What the parent says: of the stop slice, to be beaten there, and of older slates, to stay near it.
+        stop_slice = StopSlice(stop_corpus, as_parent, precision, settings.unshown_weight)
+        replayed = [index for index, lesson in enumerate(lessons) if lesson.replayed]
+        on_replay = score_corpus(as_parent, corpus, precision, replayed if settings.kl_weight else [])
+        level = _find_level(as_parent, corpus, precision)
+        reading_s = time.perf_counter() - started
+
+        # 5. Learning, from the start or from where an earlier call was killed.
+        places = min(max(lesson.example.num_shown for lesson in lessons), MOST_PLACES) if position_bias else 1
+        new_learner = partial(Learner, first_layer=first_layer, num_positions=places)
+        learner = new_learner(copy.deepcopy(parent), lora_rank=settings.lora_rank, dropout=settings.dropout).to(device)
+        add_level(learner.ranker.head, level)
+        course = Course(
+            learner,
+            corpus,
+            stop_slice,
+            on_replay,
+            settings,
+            precision=precision,
+            folder=folder,
+            fingerprint=_fingerprint(ranker, lessons, stop, settings, max_user_tokens, max_item_tokens, places),
+        )
+        course.run(partial(announce, "learn"), checkpoint_every_s)
+
+        # 6. The average of the best epochs or the best alone, whichever is better, if it beats the parent.
+        chosen, reason = _choose(course, new_learner(copy.deepcopy(parent)).to(device), stop_slice)
+        if chosen is None:
+            result = ranker
+        else:
+            put_learned(parent, chosen)
+            to_raw_units(parent.head, *units)
+            result = parent.cpu().requires_grad_(True).eval()
+    took_s = time.perf_counter() - started
+    standing = course.standing
+    announce("done", standing.step, standing.step)
+    return FineTuned(
+        ranker=result,
+        better=chosen is not None,
+        reason=reason,
+        history=standing.history,
+        steps=standing.step,
+        lessons=len(lessons),
+        stopped_early=len(standing.history) < settings.epochs,
+        position_bias=[0.0, *(learner.position_bias if chosen is None else chosen["position_bias"]).tolist()],
+        precision=precision_name,
+        took_s=took_s,
+        reading_s=reading_s,
+        impressions_per_s=len(standing.history) * len(lessons) / took_s,
+        resumed=course.resumed,
+    )
+
+
+def choose_precision(settings: TrainingSettings) -> tuple[str, Precision]:
+    """Returns the precision to work in, bf16 or fp32, and what turns it on: automatic mixed precision, or nothing."""
+    name = settings.precision
+    if name == "auto":
+        name = "bf16" if _has_bf16(settings.device) else "fp32"
+    if name == "fp32":
+        return name, nullcontext
+    return name, partial(torch.autocast, settings.device, dtype=torch.bfloat16)
+
+
+def _has_bf16(device: str) -> bool:
+    if device == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+@contextmanager
+def _torch_for(settings: TrainingSettings) -> Iterator[None]:
+    """Sets threads, and puts them and the state of torch's random generators back at the end."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(settings.threads)
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(settings.seed)
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _find_level(parent: Learner, corpus: Corpus, precision: Precision) -> float:
+    """Returns what the parent's click logits lack to be as likely as clicks are frequent."""
+    among = list(range(0, len(corpus), max(len(corpus) // LEVEL_LESSONS, 1)))
+    logits = score_corpus(parent, corpus, precision, among)
+    lessons = [corpus.lessons[index] for index in among]
+    counts = [lesson.example.num_shown for lesson in lessons]
+    return level_shift(
+        np.concatenate([logits[index][:count].double().numpy() for index, count in zip(among, counts, strict=True)]),
+        np.concatenate([lesson.example.clicked_N[:count] for lesson, count in zip(lessons, counts, strict=True)]),
+        np.repeat([lesson.weight for lesson in lessons], counts),
+    )
+
+
+def _choose(course: Course, trial: Learner, stop: StopSlice) -> tuple[dict[str, Tensor] | None, str]:
+    """Returns the weights to keep and why, or None where the parent is as good.
+
+    Averages of nearby weights are flatter and do better on what is new (Izmailov et al. 2018, "Averaging weights
+    leads to wider optima"). `trial` is a learner to try weights in.
+    """
+    epochs = course.best_epochs()
+    if not epochs:
+        return None, "no slate of the stop slice has a gain, so nothing shows that the new weights are better"
+    tried = []
+    for count in sorted({1, len(epochs)}):
+        weights = [course.snapshots[epoch] for epoch in epochs[:count]]
+        mean = {name: torch.stack([one[name] for one in weights]).mean(0) for name in weights[0]}
+        put_learned(trial.ranker, mean)
+        with torch.no_grad():
+            trial.position_bias.copy_(mean["position_bias"])
+        figures = stop.measure(trial)
+        assert figures is not None
+        tried.append((figures.loss, count, figures, mean))
+    _, count, figures, mean = min(tried, key=lambda one: one[:2])
+    said = f"stop loss {figures.loss:.4f} against the parent's {figures.parent_loss:.4f}"
+    if not figures.loss < figures.parent_loss:
+        return None, f"no epoch beats the parent: {said}"
+    return mean, f"{said}, weights of {count} epochs averaged" if count > 1 else f"{said}, weights of the best epoch"
+
+
+def _fingerprint(
+    ranker: SplitRanker, lessons: Sequence[Lesson], stop: Sequence[Example], settings: TrainingSettings, *sizes: int
+) -> str:
+    """Returns what tells one fine-tune from another: its settings, its parent, its examples and their labels."""
+    digest = hashlib.sha256(msgspec.json.encode([settings, sizes]))
+    for weight in ranker.state_dict().values():
+        digest.update(weight.detach().cpu().contiguous().numpy().tobytes())
+    for example in [*(lesson.example for lesson in lessons), *stop]:
+        digest.update(example.request_id.encode())
+        digest.update(example.gains_N.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,144 @@
+"""Whether a challenger may serve: checks on the newest examples, each with its figure and its bound. Pure.
+
+The burden of proof lies with the challenger. It must be shown not to be worse by more than a margin (a non-inferiority
+test on paired differences, so slates that both rank alike cost nothing), and it must be sane: an average may hide
+scores that are no numbers, no order at all, or popularity alone. A figure that is not a number never passes.
+
+Shapes: E examples.
+"""
+
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+
+from tailrace.settings import GateSettings
+from training.evaluate import Evaluation
+from training.slate_metrics import resample_sums
+
+LEAST_RANKED = 30  # slates with a gain; a bootstrap of fewer is too sure of itself
+LEAST_NEW_PLACES = 30  # first places that the champion gives to new items; the share of fewer is chance
+
+
+@dataclass(frozen=True)
+class Guardrails:
+    """What was found out about the challenger's bundle elsewhere.
+
+    `parity` is empty where `training.parity.require_parity` passed, else what it said. `latency_ratio` is of
+    `training.rescoring.latency_ratio`.
+    """
+
+    parity: str
+    latency_ratio: float
+
+
+class Check(msgspec.Struct, frozen=True):
+    """One condition: what was found, the bound it was held against, and the same as a sentence."""
+
+    name: str
+    figure: float
+    bound: float
+    passed: bool
+    text: str
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """Whether the challenger is promoted, why, and every check. `reasons` are those that failed, or what was shown."""
+
+    promoted: bool
+    reasons: list[str]
+    checks: list[Check]
+
+    @property
+    def text(self) -> str:
+        """What an operator reads: one line for the decision, one per check."""
+        lines = [("promoted: " if self.promoted else "not promoted: ") + "; ".join(self.reasons)]
+        return "\n".join(lines + [f"  {'ok  ' if check.passed else 'FAIL'} {check.text}" for check in self.checks])
+
+
+def decide(
+    champion: Evaluation,
+    challenger: Evaluation,
+    guardrails: Guardrails,
+    settings: GateSettings,
+    *,
+    seed: int = 0,
+) -> Verdict:
+    """Returns the verdict on a challenger evaluated on the same examples as the champion.
+
+    Raises ValueError where the two were not: their slates that can tell differ.
+    """
+    own_E, usual_E = challenger.judged_E, champion.judged_E
+    if own_E.shape != usual_E.shape or (np.isfinite(own_E) != np.isfinite(usual_E)).any():
+        raise ValueError("champion and challenger were evaluated on different examples")
+    own, usual = challenger.sanity, champion.sanity
+    checks = [
+        _at_least("enough slates", challenger.ranked, LEAST_RANKED, "slates with a gain: {:.0f}, at least {:.0f}"),
+        _at_most("finite scores", own.not_finite, 0, "scores that are not finite: {:.0f}, at most {:.0f}"),
+        _at_least("score spread", own.spread, settings.min_spread, "spread of scores in a slate {:.3g}, at least {:g}"),
+        _ndcg_check(champion, challenger, settings, seed),
+        _at_most(
+            "popular items",
+            own.popular_share - usual.popular_share,
+            settings.max_popular_shift,
+            f"first places of the most popular candidates {usual.popular_share:.1%} → {own.popular_share:.1%}: "
+            "{:+.3f}, at most {:+.3f}",
+        ),
+        _new_items_check(champion, challenger, settings),
+        Check(
+            "parity",
+            float(bool(guardrails.parity)),
+            0.0,
+            not guardrails.parity,
+            f"exported model strays from its source: {guardrails.parity}" if guardrails.parity else "parity holds",
+        ),
+        _at_most(
+            "latency",
+            guardrails.latency_ratio,
+            settings.max_latency_ratio,
+            "time to score, as a ratio to the champion's: {:.2f}, at most {:.2f}",
+        ),
+    ]
+    failed = [check.text for check in checks if not check.passed]
+    shown = [check.text for check in checks if check.name == "ndcg_10"]
+    return Verdict(promoted=not failed, reasons=failed or shown, checks=checks)
+
+
+def _ndcg_check(champion: Evaluation, challenger: Evaluation, settings: GateSettings, seed: int) -> Check:
+    """Whether the lower confidence bound of the mean paired difference of NDCG@10 lies above minus the margin."""
+    tell_E = np.isfinite(challenger.judged_E)
+    own_E, usual_E = challenger.judged_E[tell_E], champion.judged_E[tell_E]
+    if not len(own_E):
+        return Check("ndcg_10", float("nan"), -settings.margin, False, "NDCG@10: no slate can tell")
+    differences_E = own_E - usual_E
+    sums_R = resample_sums(differences_E[:, None], resamples=settings.bootstrap, seed=seed)[:, 0]
+    lowest = float(np.quantile(sums_R / len(differences_E), 1 - settings.confidence))
+    what = "NDCG@10, position bias taken out," if challenger.unbiased else "NDCG@10"
+    return Check(
+        "ndcg_10",
+        lowest,
+        -settings.margin,
+        lowest >= -settings.margin,
+        f"{what} {usual_E.mean():.4f} → {own_E.mean():.4f} ({differences_E.mean():+.4f}); with "
+        f"{settings.confidence:.0%} confidence at least {lowest:+.4f}, where {-settings.margin:+.4f} is allowed",
+    )
+
+
+def _new_items_check(champion: Evaluation, challenger: Evaluation, settings: GateSettings) -> Check:
+    """New items are few, so their share may fall by so much of itself; with too few to tell there is no verdict."""
+    own, usual = challenger.sanity.new_share, champion.sanity.new_share
+    places = champion.sanity.new_places
+    if places < LEAST_NEW_PLACES:
+        text = f"new items hold {places} of the champion's first places: too few to compare"
+        return Check("new items", own, 0.0, True, text)
+    bound = (1 - settings.max_cold_shift) * usual
+    text = f"new items in the first places {usual:.1%} → {own:.1%}, at least {bound:.1%}"
+    return Check("new items", own, bound, own >= bound, text)
+
+
+def _at_least(name: str, figure: float, bound: float, text: str) -> Check:
+    return Check(name, float(figure), float(bound), figure >= bound, text.format(figure, bound))
+
+
+def _at_most(name: str, figure: float, bound: float, text: str) -> Check:
+    return Check(name, float(figure), float(bound), figure <= bound, text.format(figure, bound))

@@ -1,0 +1,174 @@
+"""A ranker while it learns: which of its weights do, in which units, and what is there in training only.
+
+Shapes: B slates, N candidates, T states per item, H hidden size, F features, P positions.
+"""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from training.bert import BertLayer
+from training.dataset import Batch, Precision
+from training.lora import LowRank, adapt_layers
+from training.model import Head, SplitRanker
+
+_FLAT = 1e-3  # a feature that varies less than this says nothing yet: its unit stays 1
+
+
+class Learner(nn.Module):
+    """A ranker of which the head and the layers from `first_layer` on learn, and a bias per position that is not kept.
+
+    The bias takes up how much a place in the slate adds to a click, so that the head need not (Guo et al. 2019, "PAL:
+    a position-bias aware learning framework"). It is 0 at the first place: logits mean what they would there.
+    """
+
+    def __init__(
+        self, ranker: SplitRanker, first_layer: int, *, num_positions: int, lora_rank: int = 0, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.ranker = ranker
+        self.first_layer = first_layer
+        upper = self.layers
+        ranker.eval().requires_grad_(False)
+        ranker.head.requires_grad_(True)
+        for layer in upper:
+            layer.requires_grad_(True)
+            layer.dropout.p = layer.weight_dropout.p = dropout
+        if lora_rank:
+            adapt_layers(upper, lora_rank)
+        self.position_bias = nn.Parameter(torch.zeros(max(num_positions - 1, 0)))
+
+    @property
+    def layers(self) -> list[BertLayer]:
+        """The layers that learn, lowest first."""
+        return self.ranker.upper[self.first_layer - self.ranker.split_layer :]
+
+    def train(self, mode: bool = True) -> "Learner":
+        """Turns dropout on in the layers that learn, and nowhere else."""
+        super().train(False)
+        for layer in self.layers:
+            layer.train(mode)
+        self.training = mode
+        return self
+
+    def forward(self, batch: Batch, precision: Precision = nullcontext) -> tuple[Tensor, Tensor]:
+        """Returns click logits [B,N], without position bias, and ratings [B,N]. The head always works in float32."""
+        with precision():
+            _, states = self.ranker.advance(
+                batch.users,
+                batch.user_mask,
+                batch.states,
+                batch.state_mask,
+                self.first_layer,
+                len(self.ranker.bert.stack),
+            )
+        return self.ranker.judge(batch.user_vectors, states.float(), batch.state_mask, batch.features)
+
+    def place_bias(self, shown: Tensor) -> Tensor:
+        """Returns [B,N], to be added to the logits: what each candidate's place adds, 0 where it was not shown."""
+        by_place = torch.cat([self.position_bias.new_zeros(1), self.position_bias])
+        places = torch.arange(shown.shape[1], device=shown.device).clamp(max=len(by_place) - 1)
+        return by_place[places] * shown
+
+    def learned(self) -> dict[str, Tensor]:
+        """Returns copies of the weights that learn, under the names of a plain ranker, and the position bias."""
+        weights: dict[str, Tensor] = {"position_bias": self.position_bias}
+        weights |= {f"head.{name}": weight for name, weight in self.ranker.head.named_parameters()}
+        for index, layer in enumerate(self.layers, self.first_layer - self.ranker.split_layer):
+            prefix = f"ranking.{index}."
+            weights |= {f"{prefix}{name}": w for name, w in layer.named_parameters() if not _of_adapter(name)}
+            for name, part in layer.named_children():
+                if isinstance(part, LowRank):
+                    weights[f"{prefix}{name}.weight"] = part.merged_weight()
+                    weights[f"{prefix}{name}.bias"] = part.plain.bias
+        return {name: weight.detach().clone() for name, weight in weights.items()}
+
+
+def put_learned(ranker: SplitRanker, learned: Mapping[str, Tensor]) -> None:
+    """Writes what `Learner.learned` returned into a plain ranker, in place."""
+    state = {name: weight for name, weight in learned.items() if name != "position_bias"}
+    unexpected = ranker.load_state_dict(state, strict=False).unexpected_keys
+    assert not unexpected, f"a plain ranker has no {', '.join(unexpected)}"
+
+
+def feature_units(head: Head, features_RF: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Returns the mean and the standard deviation [F] by which features become standard.
+
+    The first round takes them from its examples. Later ones keep what is there, for the weights of the head's inner
+    layer mean so much per unit: with other units they would be another function, and the warm start would be lost.
+    """
+    mean, std = head.feature_mean.cpu().double().numpy(), head.feature_std.cpu().double().numpy()
+    if mean.any() or (std != 1).any() or not len(features_RF):
+        return mean, std
+    found = features_RF.astype(np.float64)
+    std = found.std(0)
+    # Rounded to what the head will hold, so that both coordinates agree.
+    return found.mean(0).astype(np.float32).astype(np.float64), np.where(std < _FLAT, 1.0, std).astype(
+        np.float32
+    ).astype(np.float64)
+
+
+def to_standard_units(head: Head, mean: NDArray[np.float64], std: NDArray[np.float64]) -> None:
+    """Rewrites the head, in place, so that it says the same of standardised features as it did of raw ones.
+
+    The prior weighs raw numbers of any size; one rate of learning suits them all only once they have one unit.
+    """
+    _set_units(head, np.zeros_like(mean), np.ones_like(std))
+    prior = head.prior.detach().cpu().double().numpy()
+    _shift(head, float(prior @ mean))
+    _set(head.prior, prior * std)
+
+
+def to_raw_units(head: Head, mean: NDArray[np.float64], std: NDArray[np.float64]) -> None:
+    """Undoes `to_standard_units`, in place: the head takes raw features again, and standardises by these units."""
+    _set_units(head, mean, std)
+    prior = head.prior.detach().cpu().double().numpy() / std
+    _shift(head, -float(prior @ mean))
+    _set(head.prior, prior)
+
+
+def level_shift(logits_R: NDArray[np.floating], clicked_R: NDArray[np.bool_], weights_R: NDArray[np.floating]) -> float:
+    """Returns what to add to every logit so that clicks are as likely as they were frequent. Orders nothing anew.
+
+    An untrained score has no level; learning one step by step would take most of a round.
+    """
+    if not len(logits_R):
+        return 0.0
+    wanted = (float(clicked_R @ weights_R) + 0.5) / (float(weights_R.sum()) + 1.0)
+    low, high = -60.0, 60.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        chances_R = 1 / (1 + np.exp(-np.clip(logits_R + middle, -60.0, 60.0)))
+        low, high = (middle, high) if float(chances_R @ weights_R) / float(weights_R.sum()) < wanted else (low, middle)
+    return (low + high) / 2
+
+
+def add_level(head: Head, shift: float) -> None:
+    """Adds `shift` to every click logit, in place."""
+    with torch.no_grad():
+        head.outer.bias[0] += shift
+
+
+def _of_adapter(name: str) -> bool:
+    return any(part in name.split(".") for part in ("plain", "up", "down"))
+
+
+def _set_units(head: Head, mean: NDArray[np.float64], std: NDArray[np.float64]) -> None:
+    _set(head.feature_mean, mean)
+    _set(head.feature_std, std)
+
+
+def _shift(head: Head, constant: float) -> None:
+    """Moves a constant out of the prior's sum: the click logit and the rating both start from that sum."""
+    with torch.no_grad():
+        head.outer.bias[0] += constant
+        head.rating_affine[1] += head.rating_affine[0] * constant
+
+
+def _set(target: Tensor, values: NDArray[np.float64]) -> None:
+    with torch.no_grad():
+        target.copy_(torch.from_numpy(values))

@@ -1,0 +1,171 @@
+"""Gathers what the watchdog judges: impressions and clicks as they stream by, and what the replicas tell of versions.
+
+Everything is bounded: impressions that wait for their clicks, clicks that came before their impression, and the
+versions remembered. Users are counted in groups, by a hash of their id.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+import msgspec
+import numpy as np
+
+from tailrace.events import Action, Click, Impression
+from tailrace.ids import ItemId, ModelVersion, RequestId, UserId
+from training.judgement import GROUPS, Counts, Evidence
+
+_MAX_WAITING = 20_000  # impressions, and as many early clicks
+_MAX_VERSIONS = 16
+_GOOD: frozenset[Action] = frozenset({"click", "like", "save", "share", "purchase"})
+
+
+class VersionCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """What a replica tells of one version, as far as the watchdog reads it: `services.bodies.VersionStats`."""
+
+    requests: int
+    below_top: int
+    errors: int
+    score_p50_ms: float | None
+
+
+class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What a replica tells of itself, as far as the watchdog reads it: `services.bodies.ModelStatus`."""
+
+    replica: str
+    refused: dict[ModelVersion, str]
+    versions: dict[ModelVersion, VersionCounts]
+
+
+class ModelsPage(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer of `/v1/models`, as far as the watchdog reads it."""
+
+    replicas: list[ReplicaStatus]
+
+
+_NOTHING = VersionCounts(requests=0, below_top=0, errors=0, score_p50_ms=None)
+
+
+@dataclass
+class _Version:
+    requests: int = 0
+    below_top: int = 0
+    errors: int = 0
+    score_p50_ms: float | None = None
+    impressions: int = 0
+    shown_G: Counts = field(default_factory=lambda: np.zeros(GROUPS, np.int64))
+    clicked_G: Counts = field(default_factory=lambda: np.zeros(GROUPS, np.int64))
+    refused: str = ""
+
+
+@dataclass
+class _Shown:
+    """An impression that waits for clicks: its version, the user's group, and the items nobody has clicked yet."""
+
+    version: ModelVersion
+    group: int
+    items: set[ItemId]
+
+
+class LiveEvidence:
+    """Counts by version since the last `begin`. One thread uses it."""
+
+    def __init__(self) -> None:
+        self._versions: OrderedDict[ModelVersion, _Version] = OrderedDict()
+        self._waiting: OrderedDict[RequestId, _Shown] = OrderedDict()
+        self._early: OrderedDict[tuple[RequestId, ItemId], None] = OrderedDict()
+        self._told: dict[tuple[str, ModelVersion], VersionCounts] = {}
+
+    def begin(self) -> None:
+        """Forgets all counts; what replicas have counted so far belongs to the past."""
+        self._versions.clear()
+        self._waiting.clear()
+        self._early.clear()
+
+    def of(self, version: ModelVersion) -> Evidence:
+        """Returns the evidence on a version."""
+        found = self._versions.get(version, _Version())
+        return Evidence(
+            requests=found.requests,
+            below_top=found.below_top,
+            errors=found.errors,
+            score_p50_ms=found.score_p50_ms,
+            impressions=found.impressions,
+            shown_G=found.shown_G.copy(),
+            clicked_G=found.clicked_G.copy(),
+            refused=found.refused,
+        )
+
+    def add_impression(self, impression: Impression) -> None:
+        """Counts what was shown. The same impression again changes nothing while the first still waits for clicks."""
+        request_id = impression.request_id
+        if request_id in self._waiting:
+            return
+        shown = _Shown(
+            impression.model_version, _group(impression.user_id), {ranked.item_id for ranked in impression.shown}
+        )
+        version = self._version(shown.version)
+        version.impressions += 1
+        version.shown_G[shown.group] += len(shown.items)
+        self._waiting[request_id] = shown
+        for item_id in list(shown.items):
+            if self._early.pop((request_id, item_id), False) is None:
+                self._count_click(shown, item_id)
+        if len(self._waiting) > _MAX_WAITING:
+            self._waiting.popitem(last=False)
+
+    def add_click(self, click: Click) -> None:
+        """Counts a click for the impression it names: an item's first, and only what is a good sign."""
+        if click.request_id is None or click.action not in _GOOD:
+            return
+        shown = self._waiting.get(click.request_id)
+        if shown is not None:
+            self._count_click(shown, click.item_id)
+            return
+        self._early[click.request_id, click.item_id] = None
+        if len(self._early) > _MAX_WAITING:
+            self._early.popitem(last=False)
+
+    def add_statuses(self, replicas: Sequence[ReplicaStatus]) -> None:
+        """Adds what each replica has counted since it was last heard; the first call only begins to count.
+
+        Counts that fell are those of a version loaded anew.
+        """
+        slow: dict[ModelVersion, list[tuple[int, float]]] = {}
+        refused = {version: why for status in replicas for version, why in status.refused.items()}
+        for status in replicas:
+            for version, now in status.versions.items():
+                before = self._told.get((status.replica, version), _NOTHING if self._told else now)
+                if now.requests < before.requests:
+                    before = _NOTHING
+                found = self._version(version)
+                found.requests += now.requests - before.requests
+                found.below_top += now.below_top - before.below_top
+                found.errors += now.errors - before.errors
+                if now.score_p50_ms is not None:
+                    slow.setdefault(version, []).append((now.requests, now.score_p50_ms))
+        for version, told in slow.items():
+            total = sum(requests for requests, _ in told)
+            self._version(version).score_p50_ms = sum(requests * ms for requests, ms in told) / max(total, 1)
+        for version, why in refused.items():
+            self._version(version).refused = why
+        for version in self._versions.keys() - refused.keys():
+            self._versions[version].refused = ""
+        self._told = {
+            (status.replica, version): now for status in replicas for version, now in status.versions.items()
+        } or self._told  # an answer without replicas says nothing
+
+    def _count_click(self, shown: _Shown, item_id: ItemId) -> None:
+        if item_id in shown.items:
+            shown.items.remove(item_id)
+            self._version(shown.version).clicked_G[shown.group] += 1
+
+    def _version(self, version: ModelVersion) -> _Version:
+        if version not in self._versions and len(self._versions) >= _MAX_VERSIONS:
+            self._versions.popitem(last=False)
+        return self._versions.setdefault(version, _Version())
+
+
+def _group(user_id: UserId) -> int:
+    return int.from_bytes(blake2b(user_id.encode(), digest_size=8).digest()) % GROUPS

@@ -1,0 +1,135 @@
+"""What a bundle says of logged candidates, scored as serving scores them, and how long it takes over it.
+
+Knows no ONNX: `BundleScorer` is what `services.scorer.Scorer` is, handed in by whoever wires a round, since training
+never imports services. One call per example, because int8 activations of a call share their scales.
+
+Shapes: N candidates, F features, M distinct item texts, T states per item, H hidden size, D vector size.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from training.examples import Example
+
+Floats = NDArray[np.float32]
+Progress = Callable[[str, int, int], None]  # what is under way, done, in all
+
+_TEXTS_PER_STEP = 512
+_NEUTRAL_RATING = 3.0  # as `services.recommender` has it: the middle of 1 to 5
+
+
+class BundleScorer(Protocol):
+    """What `services.scorer.Scorer` is: one version of the ranker at the precision that would serve."""
+
+    def encode_users(self, texts: Sequence[str]) -> Any:
+        """Returns what scoring needs of the users with these texts."""
+
+    def encode_items(self, texts: Sequence[str]) -> Any:
+        """Returns `states_NTH` float16, `mask_NT` bool and unit vectors `vectors_ND` float32 of these texts."""
+
+    def score(
+        self, users: Any, states_BNTH: NDArray[np.floating], mask_BNT: NDArray[np.bool_], features_BNF: Floats
+    ) -> tuple[Floats, Floats]:
+        """Returns click logits [B,N] and ratings [B,N]."""
+
+
+@dataclass(frozen=True)
+class ItemTable:
+    """The distinct item texts of some examples as one bundle sees them, each encoded once."""
+
+    row_of: dict[str, int]
+    states_MTH: NDArray[np.float16]
+    mask_MT: NDArray[np.bool_]
+    vectors_MD: Floats
+
+    def rows(self, texts: Sequence[str]) -> NDArray[np.int64]:
+        """Returns the rows of these texts; every one must have been encoded."""
+        return np.array([self.row_of[text] for text in texts], dtype=np.int64)
+
+
+def encode_texts(scorer: BundleScorer, examples: Sequence[Example], progress: Progress | None = None) -> ItemTable:
+    """Returns the states and vectors of every candidate's text, states in float16 as serving keeps them."""
+    texts = list(dict.fromkeys(text for example in examples for text in example.texts))
+    parts = []
+    for start in range(0, max(len(texts), 1), _TEXTS_PER_STEP):
+        parts.append(scorer.encode_items(texts[start : start + _TEXTS_PER_STEP]))
+        if progress is not None:
+            progress("encode items", min(start + _TEXTS_PER_STEP, len(texts)), len(texts))
+    return ItemTable(
+        row_of={text: row for row, text in enumerate(texts)},
+        states_MTH=np.concatenate([part.states_NTH for part in parts]).astype(np.float16),
+        mask_MT=np.concatenate([part.mask_NT for part in parts]),
+        vectors_MD=np.concatenate([part.vectors_ND for part in parts]),
+    )
+
+
+def score_examples(
+    scorer: BundleScorer,
+    examples: Sequence[Example],
+    *,
+    rating_weight: float,
+    items: ItemTable | None = None,
+    progress: Progress | None = None,
+) -> list[Floats]:
+    """Returns float32 [N] per example: click logit + `rating_weight` * (rating - 3), the utility that serving ranks by.
+
+    `items` are `encode_texts` of the same bundle, where they are there already. A logged impression holds fewer
+    candidates than were ranked, so int8 scores differ from those served by quantization noise.
+    """
+    table = encode_texts(scorer, examples, progress) if items is None else items
+    scores: list[Floats] = []
+    for done, example in enumerate(examples, 1):
+        scores.append(_score_one(scorer, table, example, np.arange(len(example.texts)), rating_weight))
+        if progress is not None:
+            progress("score", done, len(examples))
+    return scores
+
+
+def latency_ratio(
+    champion: tuple[BundleScorer, ItemTable],
+    challenger: tuple[BundleScorer, ItemTable],
+    examples: Sequence[Example],
+    *,
+    num_candidates: int = 200,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Returns how many times as long the challenger takes over a request: the median over the examples.
+
+    Each example is timed on both in turn. A request is one user's text encoded and `num_candidates` scored, those of
+    the example over and over. The first example warms both up, uncounted. Raises ValueError without examples.
+    """
+    if not examples:
+        raise ValueError("no examples to time")
+    ratios: list[float] = []
+    for number, example in enumerate((examples[0], *examples)):
+        took_s = []
+        # Each goes first every other time, so neither always finds the caches warm.
+        for scorer, table in (champion, challenger) if number % 2 else (challenger, champion):
+            started = clock()
+            _score_one(scorer, table, example, np.resize(np.arange(len(example.texts)), num_candidates), 0.0)
+            took_s.append(clock() - started)
+        first, second = took_s
+        ratios.append(second / first if number % 2 else first / second)
+    return statistics.median(ratios[1:])
+
+
+def _score_one(
+    scorer: BundleScorer, table: ItemTable, example: Example, among: NDArray[np.int64], rating_weight: float
+) -> Floats:
+    if not example.texts:
+        return np.zeros(0, np.float32)
+    rows = table.rows(example.texts)[among]
+    clicks_BN, ratings_BN = scorer.score(
+        scorer.encode_users([example.user_text]),
+        table.states_MTH[rows][None],
+        table.mask_MT[rows][None],
+        example.features_NF[among][None],
+    )
+    utility: Floats = clicks_BN[0] + rating_weight * (ratings_BN[0] - _NEUTRAL_RATING)
+    return utility.astype(np.float32)
