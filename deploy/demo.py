@@ -27,9 +27,17 @@ from tailrace.settings import Settings, load_settings
 from tailrace.telemetry import configure_logging
 from tailrace.topics import tailrace_topics
 from tailrace.world import Moment, World
+from training.schedule import Schedule
 
 _READERS = 80
-_VISITS_PER_S = 5.0
+_VISITS_PER_S = 9.0
+# A few minutes of a few dozen readers: rounds begin early, learn little at a time, and the gate asks for less certainty
+# than it should where anybody's shop is at stake.
+_SETTINGS: dict[str, Any] = {
+    "training": {"min_examples": 150, "wait_s": 5.0, "holdout_share": 0.3, "trainable_layers": 1, "threads": 1},
+    "gate": {"margin": 0.05, "confidence": 0.8, "canary_share": 0.5, "canary_impressions": 60},
+}
+_ROUND_AFTER = 300  # new impressions
 _READY_TIMEOUT_S = 120.0
 
 
@@ -46,12 +54,12 @@ def main(duration_s: float, seed: int, settings_file: Path | None) -> None:
         console.print(f"[dim]{time.monotonic() - started:6.1f} s[/]  {line}")
 
     try:
-        settings = load_settings(settings_file)
+        settings = load_settings(settings_file, **_SETTINGS)
         logs = settings.path("logs")
         logs.mkdir(parents=True, exist_ok=True)
         with (logs / "demo.log").open("a") as log_file:
             configure_logging(settings, log_file)
-            with local_system(settings, tell) as running:
+            with local_system(settings, tell, Schedule(after_examples=_ROUND_AFTER)) as running:
                 asyncio.run(_run_readers(running, duration_s, seed, console, tell))
                 tell("Stopping")
     except TailraceError as error:

@@ -33,6 +33,15 @@ def facts(tally: Tally, lag: int, ceiling: float) -> list[tuple[str, str]]:
         (f"click rate, {arm}", f"{100 * tally.click_rate(arm):.2f} %  ({tally.clicked[arm]:,} of {tally.shown[arm]:,})")
         for arm in ARMS
     ]
+    versions = [version for version in tally.shown_by if version not in ARMS]
+    rows += [
+        (
+            f"· by model {version}",
+            f"{100 * tally.clicked_by[version] / tally.shown_by[version]:.2f} %  "
+            f"({tally.clicked_by[version]:,} of {tally.shown_by[version]:,})",
+        )
+        for version in versions
+    ]
     rows.append(("best attainable at the start", f"{100 * ceiling:.2f} %"))
     degraded = {rung: count for rung, count in tally.degraded.items() if rung != "none"}
     rows.append(("degraded answers", ", ".join(f"{count} {rung}" for rung, count in degraded.items()) or "none"))

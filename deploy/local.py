@@ -11,19 +11,25 @@ import msgspec
 from msgspec.structs import asdict
 
 from deploy.ray_cluster import ray_cluster
+from deploy.training_job import train_by_schedule
 from services.app import start_serving, stop_serving
 from stream.broker import LocalKafka
 from stream.supervisor import supervise
 from tailrace.errors import BundleError
 from tailrace.kafka_clients import create_topics
+from tailrace.rounds import RoundRecord
 from tailrace.settings import Settings
+from training.schedule import Schedule
 
 
 @contextmanager
-def local_system(settings: Settings, tell: Callable[[str], None]) -> Iterator[Settings]:
+def local_system(
+    settings: Settings, tell: Callable[[str], None], schedule: Schedule | None = None
+) -> Iterator[Settings]:
     """Yields the settings of a running system and stops everything it started, in reverse order.
 
     `tell` receives one line per stage, for a person to read. With `kafka.bootstrap_servers` set, that cluster is used.
+    With a schedule, rounds train beside it.
     """
     with ExitStack() as stack:
         # 1. Exporting model version 0 takes the longest: it runs beside the rest, in a process that may load torch.
@@ -53,7 +59,24 @@ def local_system(settings: Settings, tell: Callable[[str], None]) -> Iterator[Se
         stack.callback(stop_serving)
         start_serving(settings)
         tell(f"Serving at http://{settings.gateway.host}:{settings.gateway.port}")
+        # 6. Training rounds, from another thread of this process.
+        if schedule is not None:
+            training = threading.Thread(
+                target=train_by_schedule,
+                args=(settings, schedule),
+                kwargs={"stop": stop, "ended": lambda record: tell(describe_round(record))},
+                name="training",
+            )
+            training.start()
+            stack.callback(training.join)
+            stack.callback(stop.set)
         yield settings
+
+
+def describe_round(record: RoundRecord) -> str:
+    """Returns one line about a round that has ended."""
+    took_s = sum(record.took_s.values())
+    return f"Round {record.version}, on {record.fresh} impressions, {took_s:.0f} s: {record.outcome}; {record.reason}"
 
 
 @contextmanager

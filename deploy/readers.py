@@ -22,7 +22,7 @@ from tailrace.world import Moment, Reaction, Reader, World
 
 ARMS = ("personalised", "popular", "random")
 SLATE_SIZE = 8
-_ARM_SHARES = (0.6, 0.2, 0.2)
+_ARM_SHARES = (0.7, 0.15, 0.15)
 _PROBED_ITEM = ItemId("probe")  # no such book: a probe's click must not make anything popular
 _WINDOW = 2000
 _WORLD_SECONDS_PER_SECOND = 60.0  # a minute of the demo is an hour of the readers' lives
@@ -42,6 +42,8 @@ class Tally:
     answers: int = 0
     failed: int = 0
     degraded: Counter[str] = field(default_factory=Counter)
+    shown_by: Counter[str] = field(default_factory=Counter)  # by model version, the oldest first
+    clicked_by: Counter[str] = field(default_factory=Counter)
     request_ms: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
     visible_ms: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
     last_answer: dict[str, Any] = field(default_factory=dict)
@@ -89,10 +91,11 @@ class Readers:
         self._emit("contexts", Context(device=moment.device, country="GB", **_stamp(reader.user_id)))
         # 2. A slate is shown.
         arm = arm_of(reader.user_id)
-        slate, request_id = await self._slate(arm, reader, rng)
+        slate, request_id, version = await self._slate(arm, reader, rng)
         if not slate:
             return
         self.tally.shown[arm] += len(slate)
+        self.tally.shown_by[version] += len(slate)
         # 3. The reader reacts; half of the readers' apps speak HTTP, the other half Kafka.
         over_http = bool(rng.random() < 0.5)
         elapsed = 0.0
@@ -100,6 +103,7 @@ class Readers:
             await asyncio.sleep(min(reaction.delay_s - elapsed, 2.0) if reaction.delay_s > elapsed else 0.0)
             elapsed = reaction.delay_s
             self.tally.clicked[arm] += reaction.action == "click"
+            self.tally.clicked_by[version] += reaction.action == "click"
             self._clicks[reaction.item_id] += reaction.action == "click"
             await self._act(reader.user_id, reaction, request_id, over_http=over_http)
 
@@ -113,21 +117,25 @@ class Readers:
             touched = {touch["item_id"] for touch in answer.get("recent", []) if touch["action"] == "click"}
             reader.read |= touched & set(self.world.item_ids)
 
-    async def _slate(self, arm: str, reader: Reader, rng: np.random.Generator) -> tuple[list[ItemId], RequestId | None]:
+    async def _slate(
+        self, arm: str, reader: Reader, rng: np.random.Generator
+    ) -> tuple[list[ItemId], RequestId | None, str]:
+        """Returns the slate, and where Tailrace made it the request and the version of the model."""
         unread = [item_id for item_id in self.world.item_ids if item_id not in reader.read]
         if arm == "random":
-            return [unread[row] for row in rng.permutation(len(unread))[:SLATE_SIZE]], None
+            return [unread[row] for row in rng.permutation(len(unread))[:SLATE_SIZE]], None, arm
         if arm == "popular":
-            return sorted(unread, key=lambda item_id: -self._clicks[item_id])[:SLATE_SIZE], None
+            return sorted(unread, key=lambda item_id: -self._clicks[item_id])[:SLATE_SIZE], None, arm
         started = time.monotonic()
         answer = await self._post("/v1/recommendations", {"user_id": reader.user_id, "n": SLATE_SIZE, "explain": True})
         if answer is None:
-            return [], None
+            return [], None, arm
         self.tally.request_ms.append((time.monotonic() - started) * 1000)
         self.tally.answers += 1
         self.tally.degraded[answer["degraded"]] += 1
         self.tally.last_answer = answer
-        return [ItemId(row["item_id"]) for row in answer["items"]], RequestId(answer["request_id"])
+        slate = [ItemId(row["item_id"]) for row in answer["items"]]
+        return slate, RequestId(answer["request_id"]), answer["model_version"]
 
     async def _act(self, user_id: UserId, reaction: Reaction, request_id: RequestId | None, *, over_http: bool) -> None:
         about: dict[str, Any] = {"item_id": reaction.item_id, "request_id": request_id, "position": reaction.position}

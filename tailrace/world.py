@@ -23,8 +23,8 @@ DEVICES: tuple[Device, ...] = ("mobile", "desktop", "reader")
 
 _POSITION_DECAY = 0.12  # examination falls as 1 / (1 + decay * position)
 _BASE_LOGIT = -5.0
-_TASTE_LOGIT = 9.0
-_ENTITY_WEIGHT = 0.5  # of an author, a setting, a period, beside a tag's 1
+_TASTE_LOGIT = 10.0
+_ENTITY_WEIGHT = 0.3  # of an author, a setting, a period, beside a tag's 1
 _ADMIRED = ("author:", "director:", "artist:", "brand:", "source:", "series:")
 _LIGHT = frozenset({"tag:humour", "tag:comedy", "tag:children", "tag:adventure", "tag:mystery"})  # for evenings
 _DRIFT_DAYS = 20.0  # after about so many days a taste has turned by a radian

@@ -20,7 +20,9 @@ Floats = NDArray[np.float32]
 
 POPULARITY_S = 6 * 3600.0
 USERS_S = 2 * 3600.0
-_LEAST_AGE_S = 60.0  # an item of this very second is not infinitely popular
+# Added to an age, so that an item of this very second is not infinitely popular. An hour is customary; a minute is the
+# stronger rule where new items matter most.
+_HOUR_S, _MINUTE_S = 3600.0, 60.0
 
 # Small trees and slow steps: a few thousand slates tell no more. Truncation at 30 keeps the pairs that decide ranks.
 _LAMBDARANK = {
@@ -68,9 +70,9 @@ class DecayedCounts:
         return result
 
 
-def by_root_of_age(popularity_N: Reals, age_s_N: Reals) -> Reals:
-    """Returns float64 [N]: popularity divided by the root of the age, no item being younger than a minute."""
-    result: Reals = popularity_N / np.sqrt(np.maximum(age_s_N, _LEAST_AGE_S))
+def by_root_of_age(popularity_N: Reals, age_s_N: Reals, softened_s: float) -> Reals:
+    """Returns float64 [N]: popularity divided by the root of the age plus `softened_s`."""
+    result: Reals = popularity_N / np.sqrt(age_s_N + softened_s)
     return result
 
 
@@ -100,7 +102,8 @@ class PopularityRules:
             "newest first": -age_s_N,
             "popularity, 6 h": popular_N,
             "unique users, 2 h": self._users.at(rows_N, now_ms),
-            "popularity, 6 h, by root of age": by_root_of_age(popular_N, age_s_N),
+            "popularity, 6 h, by root of age": by_root_of_age(popular_N, age_s_N, _HOUR_S),
+            "popularity, 6 h, by root of age to the minute": by_root_of_age(popular_N, age_s_N, _MINUTE_S),
         }
 
 

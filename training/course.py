@@ -15,8 +15,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tailrace.errors import TrainingDiverged
 from tailrace.settings import TrainingSettings
 from training.checkpoints import EpochRecord, Standing, load_checkpoint, save_checkpoint
-from training.dataset import Batch, Corpus, Precision, plan_batches
+from training.dataset import Batch, Corpus, Precision
 from training.learner import Learner
+from training.lessons import plan_batches
 from training.losses import listwise_loss, ndcg, parent_loss, pointwise_loss, rating_loss
 
 BEST_KEPT = 3  # epochs whose weights are averaged
@@ -113,6 +114,7 @@ class Course:
         with SummaryWriter(str(self._folder / "tensorboard"), purge_step=self.standing.step) as writer:
             while not self.over:
                 started = time.perf_counter()
+                self.learner.train()
                 epoch = len(self.standing.history)
                 for chosen in self._plan(epoch)[self.standing.step - epoch * self.steps_per_epoch :]:
                     self._step(chosen, writer)
@@ -137,7 +139,6 @@ class Course:
         share = rate_share(standing.step, self.total_steps, settings.warm_up_share)
         for group in self._optimizer.param_groups:
             group["lr"] = group["peak"] * share
-        self.learner.train()
         torch.manual_seed(settings.seed * 1_000_003 + standing.step)  # dropout of this step, whatever came before
         losses = compute_losses(self.learner, batch, parents, settings, self._precision)
         self._optimizer.zero_grad()

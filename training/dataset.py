@@ -19,12 +19,11 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from training.examples import Example
+from training.lessons import Lesson
 from training.model import SplitRanker
 
 KEPT_BYTES = 3 * 2**30  # states kept between epochs; what does not fit is computed again when its turn comes
 EXAMPLES_PER_PASS = 32  # about a thousand states: enough to keep the products busy, few enough for a core's cache
-_POOL = 32  # batches whose examples are sorted by length together
 _BYTES_PER_NUMBER = 2
 
 Precision = Callable[[], AbstractContextManager[object]]
@@ -52,20 +51,6 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """Returns the batch on a device."""
         return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """An example, how much it weighs, and whether it is an older one that is replayed."""
-
-    example: Example
-    weight: float = 1.0
-    replayed: bool = False
-
-    @property
-    def teaches(self) -> bool:
-        """Whether something good happened, or somebody judged: such a slate says more than a silent one."""
-        return bool(self.example.gains_N.any() or not np.isnan(self.example.ratings_N).all())
 
 
 class Reading(NamedTuple):
@@ -98,6 +83,7 @@ class Corpus:
         self.lessons = lessons
         self._ranker, self._first_layer, self._precision, self._device = ranker, first_layer, precision, device
         self._pooled_only = first_layer == len(ranker.bert.stack)
+        self._shared = min(_first_difference(ranker), first_layer)
         self._pad_token = ranker.bert.shape.pad_token_id or 0
         self._mean, self._std = units
 
@@ -215,11 +201,9 @@ class Corpus:
             states, state_mask = states[:, :0], state_mask[:, :0]
         with torch.no_grad(), self._precision():
             users = ranker.read_alone(tokens, user_mask)
-            vectors = ranker.embed_users(users, user_mask).float().cpu()
-            if self._first_layer > ranker.split_layer:
-                users, states = ranker.advance(
-                    users, user_mask, states, state_mask, ranker.split_layer, self._first_layer
-                )
+            users, states = ranker.advance(users, user_mask, states, state_mask, ranker.split_layer, self._shared)
+            vectors = ranker.embed_users(users, user_mask, self._shared).float().cpu()
+            users, states = ranker.advance(users, user_mask, states, state_mask, self._shared, self._first_layer)
         lengths, widths = user_mask.sum(1).tolist(), real.sum(1).tolist()
         if self._pooled_only:
             users, states, lengths = users[:, :0], _mean(states, state_mask), [0] * len(chosen)
@@ -255,40 +239,16 @@ class Corpus:
         return padded.to(self._device), mask.to(self._device)
 
 
-def plan_batches(lengths: Sequence[int], size: int, *, seed: int, epoch: int) -> list[list[int]]:
-    """Returns the numbers of all examples in batches of like length, in an order that seed and epoch decide. Pure.
+def _first_difference(ranker: SplitRanker) -> int:
+    """Returns the first layer above the split in which what ranks differs from what embeds; the top one at most.
 
-    >>> sorted(sum(plan_batches([5, 90, 5, 90], 2, seed=0, epoch=0), []))
-    [0, 1, 2, 3]
+    Below it both say the same of a user, who is read once for both. Layers that never learned never differ.
     """
-    rng = np.random.default_rng([seed, epoch])
-    drawn = rng.permutation(len(lengths))
-    length_E = np.asarray(lengths)
-    pools = [drawn[start : start + size * _POOL] for start in range(0, len(drawn), size * _POOL)]
-    sorted_pools = [pool[np.argsort(length_E[pool], kind="stable")] for pool in pools]
-    batches = [pool[start : start + size].tolist() for pool in sorted_pools for start in range(0, len(pool), size)]
-    return [batches[index] for index in rng.permutation(len(batches))]
-
-
-def choose_lessons(
-    train: Sequence[Example], replay: Sequence[Example], *, silent_share: float, seed: int
-) -> list[Lesson]:
-    """Returns what to learn from: every slate that teaches, and a share of the silent ones, which weigh more for it.
-
-    A slate on which nothing happened has no say in the listwise loss; reading it costs as much as any other. So few
-    are kept, each for as many as it stands for, and logits stay calibrated (He et al. 2014, "Practical lessons from
-    predicting clicks on ads", there by a correction afterwards).
-    """
-    rng = np.random.default_rng([seed, len(train)])
-    lessons = []
-    for replayed, examples in ((False, train), (True, replay)):
-        for example, draw in zip(examples, rng.random(len(examples)), strict=True):
-            lesson = Lesson(example, replayed=replayed)
-            if lesson.teaches or silent_share >= 1:
-                lessons.append(lesson)
-            elif draw < silent_share:
-                lessons.append(Lesson(example, weight=1 / silent_share, replayed=replayed))
-    return lessons
+    for number, (ranks, embeds) in enumerate(zip(ranker.upper, ranker.bert.stack[ranker.split_layer :], strict=True)):
+        pairs = zip(ranks.parameters(), embeds.parameters(), strict=True)
+        if ranks is ranker.upper[-1] or not all(torch.equal(one, other) for one, other in pairs):
+            return ranker.split_layer + number
+    return ranker.split_layer
 
 
 def _tokenize(tokenizer: Tokenizer, texts: Sequence[str], most: int) -> list[list[int]]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from tailrace.settings import TrainingSettings
 from training.checkpoints import EpochRecord
 from training.course import Course, StopSlice, score_corpus
-from training.dataset import Corpus, Lesson, Precision, choose_lessons
+from training.dataset import Corpus, Precision
 from training.examples import Example
 from training.export import Progress
 from training.learner import (
@@ -34,6 +34,7 @@ from training.learner import (
     to_raw_units,
     to_standard_units,
 )
+from training.lessons import Lesson, choose_lessons
 from training.model import SplitRanker
 
 MOST_PLACES = 50  # places of a slate with a bias of their own; further ones share the last
@@ -115,7 +116,8 @@ def fine_tune(
             done=partial(announce, "read"),
         )
         corpus = read(lessons)
-        stop_corpus = read([Lesson(example) for example in stop])
+        telling = [example for example in stop if example.gains_N[: example.num_shown].any()]
+        stop_corpus = read([Lesson(example) for example in telling])
 
         # 4. What the parent says: of the stop slice, to be beaten there, and of older slates, to stay near it.
         stop_slice = StopSlice(stop_corpus, as_parent, precision, settings.unshown_weight)

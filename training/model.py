@@ -198,10 +198,10 @@ class SplitRanker(nn.Module):
             states = layer(states, *layer.project(states), bias)
         return states
 
-    def embed_users(self, states: Tensor, mask: Tensor) -> Tensor:
-        """Returns unit vectors [B,H] from the states after layer k, by the layers that never learn."""
+    def embed_users(self, states: Tensor, mask: Tensor, start: int | None = None) -> Tensor:
+        """Returns unit vectors [B,H] from the states before layer `start`, k by default, by layers that never learn."""
         bias = _attention_bias(mask)
-        for layer in self.bert.stack[self.split_layer :]:
+        for layer in self.bert.stack[self.split_layer if start is None else start :]:
             states = layer(states, *layer.project(states), bias)
         vectors: Tensor = self.to_vector(states, mask)
         return vectors
@@ -212,6 +212,7 @@ class SplitRanker(nn.Module):
         """Returns user states [B,U,H] and item states [B,N,T,H] after layers `start` to `stop`, k <= start <= stop.
 
         What `encode_users` and `score` do, layer by layer: training runs and keeps the layers that do not learn once.
+        The last layer leaves the user's states as they were, because nothing above looks at them.
         """
         batch, count, per_item, hidden = states.shape
         joined = states.reshape(batch, count * per_item, hidden)
@@ -220,7 +221,8 @@ class SplitRanker(nn.Module):
         for layer in self.upper[start - self.split_layer : stop - self.split_layer]:
             query, key, value = layer.project(users)
             joined = self._attend_jointly(layer, joined, key.transpose(-1, -2), value, user_bias, own_bias)
-            users = layer(users, query, key, value, user_bias)
+            if layer is not self.upper[-1]:
+                users = layer(users, query, key, value, user_bias)
         return users, joined.reshape(states.shape)
 
     def judge(

@@ -193,7 +193,8 @@ def run_round(parts: RoundParts) -> RoundRecord:
                 # 7. Publish, the manifest last. From here on the version exists, and serves nobody.
                 save_record(_record(this), bundle)
                 figures = {name: found.mean for name, found in this.contest.challenger.figures.items()}
-                parts.registry.publish(bundle, version=plan.version, parent=plan.parent, metrics=figures)
+                if plan.version not in parts.registry.versions():  # a round killed after this step has published it
+                    parts.registry.publish(bundle, version=plan.version, parent=plan.parent, metrics=figures)
             with _timed(this, parts, "promote"):
                 # 8. To a share of the users first, or to all; the pointer must be where it was when the round began.
                 share = settings.gate.canary_share

@@ -30,8 +30,8 @@ def test_without_decay_counts_are_plain() -> None:
     assert counts.at(rows(3000, 1), 10**15).tolist() == [5, 0]
 
 
-def test_popularity_is_divided_by_the_root_of_the_age_from_a_minute_on() -> None:
-    found = by_root_of_age(np.array([4.0, 4.0, 0.0]), np.array([6400.0, 0.0, 60.0]))
+def test_popularity_is_divided_by_the_root_of_the_softened_age() -> None:
+    found = by_root_of_age(np.array([4.0, 4.0, 0.0]), np.array([6340.0, 0.0, 60.0]), 60.0)
     assert found == pytest.approx([4 / 80, 4 / np.sqrt(60), 0])
 
 
@@ -49,7 +49,7 @@ def test_each_rule_orders_by_what_it_is_named_for() -> None:
     assert best["all-time popularity"] == 0
     assert best["popularity, 6 h"] == 2
     assert best["unique users, 2 h"] == 3
-    assert best["newest first"] == best["popularity, 6 h, by root of age"] == 3
+    assert best["newest first"] == best["popularity, 6 h, by root of age to the minute"] == 3
     assert len(set(scores["random"].tolist())) == 4
 
 

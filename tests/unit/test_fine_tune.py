@@ -20,10 +20,11 @@ from tailrace.settings import TrainingSettings
 from tests.unit.conftest import FEATURE_NAMES, PRIOR
 from training.bert import PACKAGED, Bert, BertShape, load_base
 from training.course import compute_losses
-from training.dataset import Batch, Corpus, Lesson, choose_lessons, plan_batches
+from training.dataset import Batch, Corpus
 from training.examples import Example
 from training.fine_tune import FineTuned, fine_tune
 from training.learner import Learner, feature_units, level_shift, to_raw_units, to_standard_units
+from training.lessons import Lesson, choose_lessons, plan_batches
 from training.lora import adapt_layers, merge_layers
 from training.losses import ndcg
 from training.model import SplitRanker
