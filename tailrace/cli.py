@@ -14,7 +14,7 @@ from tailrace.cli_evaluate import evaluate
 from tailrace.cli_lab import lab
 from tailrace.cli_models import models
 from tailrace.cli_session import Session, as_json, ray_address, stop_on_signals
-from tailrace.cli_train import rounds, train
+from tailrace.cli_train import read_schedule, rounds, train
 from tailrace.errors import BrokerUnavailable, TailraceError
 from tailrace.kafka_clients import create_topics
 from tailrace.schemas import PUBLIC_TYPES, json_schemas
@@ -150,12 +150,14 @@ def serve(session: Session, address: str | None) -> None:
 
 
 @main.command()
+@click.option("--train-every", help="Also train, every 15m, 2h or 1d.")
 @click.pass_obj
-def up(session: Session) -> None:
+def up(session: Session, train_every: str | None) -> None:
     """Run everything on this machine until Ctrl-C: Kafka unless one is named, Ray, stream workers, services."""
     from deploy.local import local_system
 
-    with local_system(session.settings, click.echo), stop_on_signals() as stop:
+    schedule = None if train_every is None else read_schedule(train_every, None)
+    with local_system(session.settings, click.echo, schedule), stop_on_signals() as stop:
         stop.wait()
     click.echo("stopped")
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
@@ -11,6 +12,9 @@ from tailrace.cli_session import Session, as_json, ray_address, stop_on_signals
 from tailrace.errors import SettingsError
 from tailrace.rounds import RoundRecord, open_round_log
 from tailrace.terminal import print_json, show_rounds
+
+if TYPE_CHECKING:
+    from training.schedule import Schedule
 
 
 @click.command()
@@ -26,13 +30,9 @@ def train(session: Session, once: bool, every: str | None, after_examples: int |
     """
     from deploy.ray_cluster import ray_cluster
     from deploy.training_job import train_by_schedule, train_once
-    from training.schedule import Schedule, parse_duration
 
-    try:
-        schedule = Schedule(None if every is None else parse_duration(every), after_examples)
-    except ValueError as error:
-        raise SettingsError(f"--every: {error}") from error
-    if once == (schedule != Schedule()):
+    schedule = read_schedule(every, after_examples)
+    if once == (schedule.every_s is not None or schedule.after_examples is not None):
         raise SettingsError("say --once, or --every and --after-examples")
     settings = session.connected
     with ray_cluster(address), stop_on_signals() as stop, _progress() as show:
@@ -53,6 +53,16 @@ def rounds(session: Session, count: int, as_json: bool) -> None:
         print_json(found)
     else:
         show_rounds(found)
+
+
+def read_schedule(every: str | None, after_examples: int | None) -> "Schedule":
+    """Returns the schedule that the options state. Raises SettingsError for what is no duration."""
+    from training.schedule import Schedule, parse_duration
+
+    try:
+        return Schedule(None if every is None else parse_duration(every), after_examples)
+    except ValueError as error:
+        raise SettingsError(f"how often to train: {error}") from error
 
 
 def _tell(record: RoundRecord) -> None:

@@ -101,6 +101,22 @@ class Registry:
         found = self._files.match("bundles", "*", MANIFEST)
         return sorted(ModelVersion(PurePosixPath(path).parent.name) for path in found)
 
+    def prune(self, keep: int) -> list[ModelVersion]:
+        """Removes old bundles and returns their versions. Those that serve stay, and the newest `keep` beside them.
+
+        Newest by when they were published, so of the champions before this one the last stay, to roll back to.
+        """
+        pointer = self.pointer()
+        serving = set() if pointer is None else {pointer.champion, pointer.canary}
+        others = [version for version in self.versions() if version not in serving]
+        others.sort(key=lambda version: (self.manifest(version).created_at, version))
+        removed = others[: max(len(others) - keep, 0)]
+        for version in removed:
+            # The manifest first: without it there is no bundle, however far this gets.
+            self._files.clear("bundles", version, MANIFEST)
+            self._files.clear("bundles", version)
+        return removed
+
     def manifest(self, version: ModelVersion) -> Manifest:
         """Returns the manifest of a version. Raises BundleError when there is none or it cannot be read."""
         _check_version(version)

@@ -6,12 +6,13 @@ ran on. A record is written once, when its round ends.
 
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Any, Literal
+from pathlib import PurePosixPath
+from typing import Literal
 
-import fsspec
 import msgspec
 
 from tailrace.ids import ModelVersion
+from tailrace.registry_files import RegistryFiles
 from tailrace.settings import Settings
 
 Outcome = Literal["promoted", "canary", "rejected", "failed"]
@@ -37,21 +38,18 @@ class RoundLog:
     """The records of every round, on a folder or any fsspec URL."""
 
     def __init__(self, url: str) -> None:
-        self._fs: Any
-        self._fs, root = fsspec.core.url_to_fs(url)
-        self._folder = f"{str(root).rstrip('/')}/rounds"
+        self._files = RegistryFiles(url)
 
     def append(self, record: RoundRecord) -> None:
-        """Writes the record of a round that has ended."""
-        self._fs.makedirs(self._folder, exist_ok=True)
+        """Writes the record of a round that has ended. Raises FileExistsError where it has one already."""
         data = msgspec.json.format(msgspec.json.encode(record), indent=2)
-        self._fs.pipe_file(f"{self._folder}/{record.version}.json", data)
+        self._files.create(data, "rounds", f"{record.version}.json")
 
     def newest(self, count: int = 20) -> list[RoundRecord]:
         """Returns the last rounds, newest first; versions sort by time."""
-        self._fs.invalidate_cache()
-        paths = sorted(map(str, self._fs.glob(f"{self._folder}/*.json")), reverse=True)[:count]
-        return [msgspec.json.decode(self._fs.cat_file(path), type=RoundRecord) for path in paths]
+        names = [PurePosixPath(path).name for path in self._files.match("rounds", "*.json")]
+        newest = sorted(names, reverse=True)[:count]
+        return [msgspec.json.decode(self._files.read("rounds", name), type=RoundRecord) for name in newest]
 
 
 def open_round_log(settings: Settings) -> RoundLog:

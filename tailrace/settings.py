@@ -125,6 +125,7 @@ class RegistrySettings(_Section, frozen=True, kw_only=True):
     """Where model bundles live."""
 
     url: Annotated[str, _doc("folder or fsspec URL; relative paths are below `data_dir`")] = "registry"
+    keep: Annotated[Positive, _doc("bundles kept beside those that serve; a round removes older ones")] = 10
     base_model: Annotated[str, _doc("BERT to start from: `packaged`, or a local folder or hub name")] = "packaged"
     split_layer: Annotated[int, _doc("k: below this layer item tokens do not see the user")] = 3
     item_states: Annotated[int, _doc("T: pooled states kept per item; 0 keeps every token")] = 4

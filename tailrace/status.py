@@ -10,6 +10,7 @@ from tailrace.errors import BrokerUnavailable, SettingsError
 from tailrace.kafka_clients import open_consumer
 from tailrace.pointer import Pointer
 from tailrace.registry import open_registry
+from tailrace.rounds import RoundRecord, open_round_log
 from tailrace.settings import KafkaSettings, Settings
 from tailrace.stores import open_store
 from tailrace.topics import USER_STREAMS, tailrace_topics
@@ -40,6 +41,7 @@ class Status(msgspec.Struct, frozen=True):
     profiles: int
     lag: int
     pointer: Pointer | None
+    last_round: RoundRecord | None
 
 
 def load_status(settings: Settings) -> Status:
@@ -64,6 +66,7 @@ def load_status(settings: Settings) -> Status:
         profiles=sum(partition.profiles for partition in partitions),
         lag=sum(stream.lag for partition in partitions for stream in partition.streams),
         pointer=open_registry(settings).pointer(),
+        last_round=next(iter(open_round_log(settings).newest(1)), None),
     )
 
 

@@ -43,7 +43,7 @@ def show_topics(topics: Mapping[str, Topic], ids: Mapping[str, str]) -> None:
 
 
 def show_status(status: Status) -> None:
-    """Prints the end of every stream with its lag in brackets, the profiles, and the model that serves."""
+    """Prints the end of every stream with its lag in brackets, the profiles, what serves, and the last round."""
     streams = [stream.stream for stream in status.partitions[0].streams]
     table = _table("partition", *(f"{stream} (lag)" for stream in streams), "profiles")
     for partition in status.partitions:
@@ -53,6 +53,8 @@ def show_status(status: Status) -> None:
     click.echo(f"{status.profiles:,} profiles, lag {status.lag:,}, Kafka at {status.bootstrap_servers}")
     pointer = status.pointer
     click.echo("no model" if pointer is None else f"model {_told(pointer)} since {pointer.updated_at:%F %T}")
+    if (last := status.last_round) is not None:
+        click.echo(f"last round {last.version}, ended {last.ended_at:%F %T}: {last.outcome}; {last.reason}")
 
 
 def show_models(manifests: Sequence[Manifest], pointer: Pointer | None) -> None:

@@ -9,6 +9,7 @@ Shapes: E examples, B of them in a batch, N candidates, U user tokens, T states 
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from typing import NamedTuple
@@ -76,10 +77,15 @@ class Corpus:
         units: tuple[NDArray[np.float64], NDArray[np.float64]],
         precision: Precision,
         device: torch.device,
+        threads: int = 1,
         kept_bytes: int = KEPT_BYTES,
         done: Done | None = None,
     ) -> None:
-        """Reads every text once. The ranker must be on `device`, and its frozen layers stay in evaluation mode."""
+        """Reads every text once. The ranker must be on `device`, and its frozen layers stay in evaluation mode.
+
+        Passes run beside each other in `threads`, each on one core: two threads within a pass wait for each other at
+        every product, and where another process wants a core too they wait several times as long as they work.
+        """
         self.lessons = lessons
         self._ranker, self._first_layer, self._precision, self._device = ranker, first_layer, precision, device
         self._pooled_only = first_layer == len(ranker.bert.stack)
@@ -91,22 +97,21 @@ class Corpus:
         self._users = _tokenize(tokenizer, [lesson.example.user_text for lesson in lessons], max_user_tokens)
         distinct: dict[str, int] = {}
         self._rows = [[distinct.setdefault(text, len(distinct)) for text in one.example.texts] for one in lessons]
-        # 2. Every distinct item text, below the split.
-        self._table, self._table_mask = self._read_items(_tokenize(tokenizer, list(distinct), max_item_tokens))
-        # 3. What is above the split and does not learn, until the room is used up. Examples of like length go
-        #    together, always the same ones: noise of padding is then the same after a restart.
-        self._kept: dict[int, Reading] = {}
-        order = np.lexsort((self.widths, self.lengths)).tolist()
-        room, read = kept_bytes, 0
-        for start in range(0, len(order), EXAMPLES_PER_PASS):
-            chunk = order[start : start + EXAMPLES_PER_PASS]
-            room -= sum(map(self._size, chunk))
-            if room < 0:
-                break
-            self._kept |= dict(zip(chunk, self._read(chunk), strict=True))
-            read += len(chunk)
-            if done:
-                done(read, len(order))
+        with ThreadPoolExecutor(threads) as pool:
+            # 2. Every distinct item text, below the split.
+            self._table, self._table_mask = self._read_items(
+                _tokenize(tokenizer, list(distinct), max_item_tokens), pool
+            )
+            # 3. What is above the split and does not learn, until the room is used up. Examples of like length go
+            #    together, always the same ones: noise of padding is then the same after a restart.
+            order = np.lexsort((self.widths, self.lengths))
+            fits = np.cumsum([self._size(index) for index in order]) <= kept_bytes
+            chunks = _chunks(order[fits].tolist())
+            self._kept: dict[int, Reading] = {}
+            for chunk, readings in zip(chunks, pool.map(self._read, chunks), strict=True):
+                self._kept |= dict(zip(chunk, readings, strict=True))
+                if done:
+                    done(len(self._kept), len(order))
 
     def __len__(self) -> int:
         return len(self.lessons)
@@ -132,8 +137,7 @@ class Corpus:
         if among is not None:
             wanted = set(among)
             order = [index for index in order if index in wanted]
-        for start in range(0, len(order), EXAMPLES_PER_PASS):
-            chosen = order[start : start + EXAMPLES_PER_PASS]
+        for chosen in _chunks(order):
             yield chosen, self.batch(chosen)
 
     def batch(self, chosen: Sequence[int]) -> Batch:
@@ -169,24 +173,25 @@ class Corpus:
             replayed=torch.tensor([lesson.replayed for lesson in lessons]),
         ).to(self._device)
 
-    def _read_items(self, tokens: list[list[int]]) -> tuple[Tensor, Tensor]:
+    def _read_items(self, tokens: list[list[int]], pool: Executor) -> tuple[Tensor, Tensor]:
         """Returns float16 states [M,T,H] of items after layer k and their mask [M,T]."""
-        order = np.argsort([len(one) for one in tokens], kind="stable").tolist()
         longest = max(map(len, tokens), default=0)
         kept = self._ranker.item_states or longest
         table = torch.zeros(len(tokens), kept, self._ranker.bert.shape.hidden_size, dtype=torch.float16)
         mask = torch.zeros(len(tokens), kept, dtype=torch.int64)
-        for start in range(0, len(order), EXAMPLES_PER_PASS):
-            chunk = order[start : start + EXAMPLES_PER_PASS]
+
+        def read(chunk: list[int]) -> None:
             with torch.no_grad(), self._precision():
                 states, state_mask, _ = self._ranker.encode_items(
                     *self._pad_tokens([tokens[row] for row in chunk]), with_vectors=False
                 )
             table[chunk, : states.shape[1]] = states.cpu().half()
             mask[chunk, : states.shape[1]] = state_mask.cpu()
+
+        list(pool.map(read, _chunks(np.argsort([len(one) for one in tokens], kind="stable").tolist())))
         return table, mask
 
-    def _read(self, chosen: Sequence[int]) -> list["Reading"]:
+    def _read(self, chosen: Sequence[int]) -> list[Reading]:
         """Returns what the layers that stay as they are say of examples.
 
         Where the first layer that learns is the split, candidates have no states of their own: the table holds them.
@@ -249,6 +254,10 @@ def _first_difference(ranker: SplitRanker) -> int:
         if ranks is ranker.upper[-1] or not all(torch.equal(one, other) for one, other in pairs):
             return ranker.split_layer + number
     return ranker.split_layer
+
+
+def _chunks(numbers: list[int]) -> list[list[int]]:
+    return [numbers[start : start + EXAMPLES_PER_PASS] for start in range(0, len(numbers), EXAMPLES_PER_PASS)]
 
 
 def _tokenize(tokenizer: Tokenizer, texts: Sequence[str], most: int) -> list[list[int]]:

@@ -203,6 +203,7 @@ def run_round(parts: RoundParts) -> RoundRecord:
                 else:
                     moved = parts.registry.promote(plan.version, generation=plan.generation)
                 parts.announce(moved)
+                parts.registry.prune(settings.registry.keep)
             return _end(this, parts, "canary" if share > 0 else "promoted", "; ".join(this.verdict.reasons))
         except NothingToLearn:
             shutil.rmtree(this.folder, ignore_errors=True)

@@ -401,3 +401,16 @@ def test_pointer_written_before_there_were_canaries_still_reads(place: Place) ->
     pointer = pointer_of(registry)
     assert (pointer.champion, pointer.canary, pointer.canary_share, pointer.pinned) == (V2, None, 0.0, False)
     assert registry.rollback().version == V1
+
+
+def test_prune_keeps_what_serves_and_the_newest(place: Place) -> None:
+    names = [ModelVersion(f"v{number}") for number in range(6)]
+    for version in names:
+        place.registry.publish(place.source, version=version)
+    place.registry.promote(names[0])
+    place.registry.start_canary(names[1], 0.5)
+    assert place.registry.prune(2) == [names[2], names[3]]
+    assert place.registry.versions() == [names[0], names[1], names[4], names[5]]
+    assert place.registry.prune(2) == []
+    assert not place.files.exists(f"{place.root}/bundles/{names[2]}")
+    place.registry.fetch(names[1], place.cache)
