@@ -30,14 +30,14 @@ from tailrace.world import Moment, World
 from training.schedule import Schedule
 
 _READERS = 80
-_VISITS_PER_S = 9.0
+_VISITS_PER_S = 7.0
 # A few minutes of a few dozen readers: rounds begin early, learn little at a time, and the gate asks for less certainty
 # than it should where anybody's shop is at stake.
 _SETTINGS: dict[str, Any] = {
-    "training": {"min_examples": 150, "wait_s": 5.0, "holdout_share": 0.3, "trainable_layers": 1, "threads": 1},
+    "training": {"min_examples": 150, "wait_s": 5.0, "holdout_share": 0.4, "trainable_layers": 0, "threads": 1},
     "gate": {"margin": 0.05, "confidence": 0.8, "canary_share": 0.5, "canary_impressions": 60},
 }
-_ROUND_AFTER = 300  # new impressions
+_ROUND_AFTER = 400  # new impressions
 _READY_TIMEOUT_S = 120.0
 
 

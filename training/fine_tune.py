@@ -113,6 +113,7 @@ def fine_tune(
             units=units,
             precision=precision,
             device=device,
+            threads=settings.threads,
             done=partial(announce, "read"),
         )
         corpus = read(lessons)
@@ -141,6 +142,8 @@ def fine_tune(
             folder=folder,
             fingerprint=_fingerprint(ranker, lessons, stop, settings, max_user_tokens, max_item_tokens, places),
         )
+        if course.learner.layers:  # the head alone is too little work to share
+            torch.set_num_threads(settings.threads)
         course.run(partial(announce, "learn"), checkpoint_every_s)
 
         # 6. The average of the best epochs or the best alone, whichever is better, if it beats the parent.
@@ -189,9 +192,9 @@ def _has_bf16(device: str) -> bool:
 
 @contextmanager
 def _torch_for(settings: TrainingSettings) -> Iterator[None]:
-    """Sets threads, and puts them and the state of torch's random generators back at the end."""
+    """One thread within an operation; threads and the state of torch's random generators are put back at the end."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(settings.threads)
+    torch.set_num_threads(1)
     try:
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
