@@ -184,10 +184,8 @@ class TrainingSettings(_Section, frozen=True, kw_only=True):
     lora_rank: Annotated[int, _doc("0: the layers themselves learn; above: low-rank adapters of that rank do")] = 0
     precision: Annotated[Literal["auto", "bf16", "fp32"], _doc("auto: bf16 where the processor has it")] = "auto"
     device: Annotated[Literal["cpu", "cuda"], _doc("where training runs")] = "cpu"
-    workers: Annotated[Positive, _doc("training workers; more than one run through Ray Train")] = 1
-    threads: Annotated[Positive, _doc("CPU threads per training worker")] = 2
+    threads: Annotated[Positive, _doc("CPU threads of a round")] = 2
     seed: Annotated[int, _doc("of sampling, order and dropout")] = 0
-    tracker: Annotated[Literal["none", "mlflow", "wandb"], _doc("where figures go beside TensorBoard files")] = "none"
 
 
 class GateSettings(_Section, frozen=True, kw_only=True):
@@ -197,8 +195,12 @@ class GateSettings(_Section, frozen=True, kw_only=True):
     confidence: Annotated[Share, _doc("confidence with which it must not lose more")] = 0.95
     bootstrap: Annotated[Positive, _doc("resamples behind each interval")] = 1000
     min_spread: Annotated[float, _doc("least standard deviation of scores within a slate")] = 1e-3
-    max_popular_shift: Annotated[float, _doc("most the share of popular items in slates may rise")] = 0.25
-    max_cold_shift: Annotated[float, _doc("most the share of new items in slates may fall")] = 0.25
+    max_popular_shift: Annotated[
+        float, _doc("most that the share of first places held by popular items may rise, from 0 to 1")
+    ] = 0.25
+    max_cold_shift: Annotated[
+        float, _doc("part of the champion's first places for new items that a challenger may take from them")
+    ] = 0.25
     max_latency_ratio: Annotated[float, _doc("most the time to score may grow, as a ratio to the champion")] = 1.5
     canary_share: Annotated[Share, _doc("share of users, by hash, who get a challenger first; 0: all at once")] = 0.2
     canary_impressions: Annotated[Positive, _doc("impressions of the canary before the watchdog may promote it")] = 300

@@ -432,12 +432,16 @@ def test_packed_impressions_give_the_gradients_of_single_candidates() -> None:
 
 @pytest.mark.parametrize("first_layer", [1, 2, 3])
 @pytest.mark.parametrize("item_states", [0, 2])
-def test_batches_score_as_the_ranker_itself_does(first_layer: int, item_states: int) -> None:
+@pytest.mark.parametrize("learned", [None, 0, 1])
+def test_batches_score_as_the_ranker_itself_does(first_layer: int, item_states: int, learned: int | None) -> None:
     examples = make_examples(4, by_cosine) + make_examples(3, by_word, num_shown=3, num_unshown=0, seed=4)
     ranker = small_ranker(item_states=item_states)
     with torch.no_grad():
         ranker.head.outer.weight.normal_()
         ranker.head.match_gain.fill_(1.0)
+        if learned is not None:  # from this layer on, what ranks is no longer what embeds
+            for weight in ranker.upper[learned].parameters():
+                weight.add_(0.1 * torch.randn(weight.shape))
     expected = score(ranker, examples)
     for kept_bytes in (2**30, 0):  # kept between epochs, and computed again each time
         corpus = read(ranker, examples, first_layer, kept_bytes=kept_bytes)
@@ -446,6 +450,12 @@ def test_batches_score_as_the_ranker_itself_does(first_layer: int, item_states: 
             logits = Learner(ranker, first_layer, num_positions=1)(batch)[0]
         for row, one in enumerate(expected):  # states rest as float16
             torch.testing.assert_close(logits[row, : len(one)], one, atol=1e-2, rtol=1e-3)
+
+
+def test_texts_read_in_several_threads_give_the_same_batches_bit_for_bit() -> None:
+    ranker, examples = small_ranker(), make_examples(100, by_word)
+    one, three = (read(ranker, examples, 2, threads=threads).batch(range(100)) for threads in (1, 3))
+    assert all(torch.equal(getattr(one, name), getattr(three, name)) for name in ("users", "user_vectors", "states"))
 
 
 def test_head_says_the_same_in_standard_units_and_back() -> None:
