@@ -17,7 +17,7 @@ from stream.supervisor import supervise
 from stream.worker_actor import NAMESPACE
 from tests.recovery.oracle import assert_state_equals_log
 from tests.recovery.scene import Scene, wait_until
-from tests.recovery.traffic import produce
+from tests.recovery.traffic import Traffic, produce
 from tests.servers import free_port
 
 MakeScene = Callable[..., Scene]
@@ -108,11 +108,13 @@ def test_killed_and_stalled_workers_are_replaced_and_lose_nothing(scene: MakeSce
 
 @pytest.mark.usefixtures("local_ray")
 def test_lag_brings_a_second_worker_and_the_next_supervisor_adopts_both(scene: MakeScene) -> None:
-    here = scene(metrics_port=0, lag_per_worker=100)
+    here = scene(metrics_port=0, lag_per_worker=1)
     with _supervised(here, leave_running=True):
         _wait_for_workers(1)
-        produce(here.settings, seed=14, count=6000)
+        # Without end, or the first worker is done before the supervisor looks.
+        traffic = Traffic(here.settings, seed=14, per_s=400).start()
         before = _wait_for_workers(2)
+        traffic.stop()
         assert sorted(progress.partitions for progress in before.values()) == [(0,), (1,)]
     with _supervised(here):
         produce(here.settings, seed=15, count=200)
