@@ -157,7 +157,8 @@ def describe_day(run: LabRun, day: DayFigures) -> str:
     rates = ", ".join(f"{arm} {100 * tally.click_rate:.2f} %" for arm, tally in day.arms.items())
     gain, low, high = run.against_control(day)
     return (
-        f"day {day.day + 1} on {day.version}: {rates}; {100 * day.lift_share:.0f} % of the attainable lift; "
+        f"day {day.day + 1} on {day.version}: {rates}; {100 * day.lift_share():.0f} % of the lift that could be "
+        f"known, {100 * day.lift_share('oracle'):.0f} % of the oracle's; "
         f"{100 * gain:+.1f} % against control [{100 * low:+.1f}, {100 * high:+.1f}]"
     )
 
@@ -172,7 +173,8 @@ def summarise(runs: Sequence[LabRun]) -> bytes:
                     "day": day.day + 1,
                     "version": day.version,
                     "click_rates": {arm: tally.click_rate for arm, tally in day.arms.items()},
-                    "lift_share": day.lift_share,
+                    "lift_share": day.lift_share(),
+                    "lift_share_of_oracle": day.lift_share("oracle"),
                     "against_control": run.against_control(day),
                     "clicks": day.clicks,
                 }

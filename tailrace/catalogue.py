@@ -162,6 +162,11 @@ class Catalogue:
         items = self._items
         return [items[row] for row in rows]
 
+    def topics(self, item_id: ItemId) -> tuple[str, ...]:
+        """Returns an item's interest keys, none where it is unknown."""
+        row = self._row_of.get(item_id)
+        return () if row is None else self._topics[row].tags + self._topics[row].entities
+
     def topics_at(self, rows: Sequence[int] | Rows) -> list[tuple[str, ...]]:
         """Returns each row's interest keys (`tag:gothic`, `author:Mary Shelley`), none where a row is free."""
         return [topics.tags + topics.entities for topics in self.split_topics_at(rows)]

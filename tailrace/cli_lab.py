@@ -54,15 +54,14 @@ def lab(session: Session, days: int, visits: int, readers: int, seeds: tuple[int
                         tell=console.print,
                     )
                 )
-    table = Table(
-        "seed", "day", "version", *ARMS, "of attainable lift", "against control [95 %]", title="Click rate, %"
-    )
+    table = Table("seed", "day", "version", *ARMS, "of the lift", "against control [95 %]", title="Click rate, %")
     for run in runs:
         for day in run.days:
             gain, low, high = run.against_control(day)
             rates = [f"{100 * day.arms[arm].click_rate:.2f}" for arm in ARMS]
             bounds = f"{100 * gain:+.1f} % [{100 * low:+.1f}, {100 * high:+.1f}]"
-            table.add_row(str(run.seed), str(day.day + 1), day.version, *rates, f"{100 * day.lift_share:.0f} %", bounds)
+            shares = f"{100 * day.lift_share():.0f} %"
+            table.add_row(str(run.seed), str(day.day + 1), day.version, *rates, shares, bounds)
     console.print(table)
     (folder / "lab.json").write_bytes(summarise(runs))
     plot_runs(runs, folder / "lab.png")

@@ -20,11 +20,12 @@ from tailrace.errors import InvalidRecord
 from tailrace.events import Context
 from tailrace.ids import ItemId
 from tailrace.profile import Profile
+from tailrace.responses import gather_responses, sum_over
 from tailrace.text import TEXT_VERSION, is_mobile, local_time, now_interests
 
 Column = NDArray[np.floating] | float
 
-FEATURE_VERSION = 1
+FEATURE_VERSION = 2
 HALF_LIFE_NAMES = ("15m", "1h", "6h", "24h", "7d")
 HEAT_KINDS = ("users", "rated_up")
 HEAT_FLOOR = 0.05  # heat is log(1 + sum / floor): tells a faint trace from none at all, where log1p sees only zeros
@@ -61,6 +62,7 @@ def _feature_names() -> tuple[str, ...]:
     names += ["cos_user", "cos_query", "cos_history", "cos_recent"]
     names += [f"rank_{name}" for name in _RANKED]
     names += ["tag_affinity", "entity_affinity", "covisit", "covisit_share"]
+    names += ["tag_response", "entity_response", "tag_exposure"]
     names += ["shown_to_user", "log_since_shown", "touched_by_user", "newer_than_visit", "touched_since_visit"]
     names += ["user_events", "user_idle", "user_day", "user_interests", "user_known"]
     names += ["query_given", "hour_sin", "hour_cos", "weekend", "mobile"]
@@ -91,6 +93,8 @@ PRIOR_WEIGHTS: Mapping[str, float] = {
     "cos_query": 25.0,  # a query says outright what is wanted: more than all the rest together
     "tag_affinity": 6.0,
     "entity_affinity": 2.0,
+    "tag_response": 4.0,
+    "entity_response": 0.5,
     "shown_to_user": -0.5,
     "touched_by_user": -3.0,
 }
@@ -122,6 +126,7 @@ def compute_features(
     }
     interests = now_interests(profile, now_ms)
     columns |= _affinity_columns(catalogue, rows_N, interests)
+    columns |= _response_columns(catalogue, rows_N, profile, now_ms)
     columns |= _covisit_columns(catalogue, rows_N, held, profile, now_ms)
     columns |= _fatigue_columns(catalogue, rows_N, profile, now_ms)
     columns |= _user_columns(profile, interests, context, query_given, now_ms)
@@ -216,18 +221,20 @@ def _affinity_columns(catalogue: Catalogue, rows_N: Rows, interests: Mapping[str
     entity_norm = sum(weight**2 for key, weight in interests.items() if not key.startswith("tag:")) ** 0.5 or 1.0
     topics_N = catalogue.split_topics_at(rows_N.tolist())
     return {
-        "tag_affinity": _shared([topics.tags for topics in topics_N], interests) / tag_norm,
-        "entity_affinity": _shared([topics.entities for topics in topics_N], interests) / entity_norm,
+        "tag_affinity": sum_over(interests, [topics.tags for topics in topics_N]) / tag_norm,
+        "entity_affinity": sum_over(interests, [topics.entities for topics in topics_N]) / entity_norm,
     }
 
 
-def _shared(keys_N: list[tuple[str, ...]], interests: Mapping[str, float]) -> NDArray[np.float64]:
-    """Returns float64 [N]: the interest in each item's keys, summed and divided by the root of their number."""
-    sizes_N = np.array([len(keys) for keys in keys_N], dtype=np.int64)
-    weights = [interests.get(key, 0.0) for keys in keys_N for key in keys]
-    shared_N = np.bincount(np.repeat(np.arange(len(keys_N)), sizes_N), weights=weights, minlength=len(keys_N))
-    result: NDArray[np.float64] = shared_N / np.sqrt(np.maximum(sizes_N, 1))
-    return result
+def _response_columns(catalogue: Catalogue, rows_N: Rows, profile: Profile, now_ms: int) -> dict[str, Column]:
+    responses = gather_responses(profile, catalogue.topics, now_ms)
+    topics_N = catalogue.split_topics_at(rows_N.tolist())
+    tags_N = [topics.tags for topics in topics_N]
+    return {
+        "tag_response": sum_over(responses.log_lift, tags_N),
+        "entity_response": sum_over(responses.log_lift, [topics.entities for topics in topics_N]),
+        "tag_exposure": np.log1p(sum_over(responses.shown, tags_N)),
+    }
 
 
 def _covisit_columns(

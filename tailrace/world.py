@@ -3,7 +3,11 @@
 Pure and seeded. The recommender never sees a taste; the world never sees a model. How a reader looks at a slate is the
 position-based model of Craswell et al. (2008): an item is clicked if its position is examined and it attracts.
 
-Shapes: I items, T tags and entities ("themes").
+Tastes run in circles of readers, as they do in life: whoever likes castles likes ghosts, and the ghost stories of one
+author. So what one reader clicks tells of what the others of the circle would, which no cosine of two texts knows and
+a model can learn.
+
+Shapes: I items, T tags and entities ("themes"), K circles.
 """
 
 from collections import Counter
@@ -22,11 +26,18 @@ Device = Literal["mobile", "desktop", "reader"]
 DEVICES: tuple[Device, ...] = ("mobile", "desktop", "reader")
 
 _POSITION_DECAY = 0.12  # examination falls as 1 / (1 + decay * position)
-_BASE_LOGIT = -5.0
-_TASTE_LOGIT = 10.0
+_BASE_LOGIT = -4.5
+_TASTE_LOGIT = 12.0
+_MOST = 0.4  # even what suits a reader perfectly is opened no more often than this
+_QUALITY_SPREAD = 0.3
+_CIRCLES = 8
+_CIRCLE_TAGS, _CIRCLE_ADMIRED = 6, 2
+_SECOND_CIRCLE, _OF_ONES_OWN = 0.4, 0.3  # of a reader's taste, beside a main circle's 1
 _ENTITY_WEIGHT = 0.3  # of an author, a setting, a period, beside a tag's 1
 _ADMIRED = ("author:", "director:", "artist:", "brand:", "source:", "series:")
 _LIGHT = frozenset({"tag:humour", "tag:comedy", "tag:children", "tag:adventure", "tag:mystery"})  # for evenings
+_LIGHT_LOGIT = 0.8
+_PATIENCE = (0.7, 1.0)
 _DRIFT_DAYS = 20.0  # after about so many days a taste has turned by a radian
 
 
@@ -69,8 +80,11 @@ class Reaction:
 class World:
     """Items, their themes, and the readers' laws. Everything follows from `items` and `seed`.
 
-    A theme is a tag or an entity of the catalogue, each a direction of its own: what a reader likes can be told from
-    what they clicked, and from nothing else.
+    A theme is a tag or an entity of the catalogue, each a direction of its own. A circle likes a handful of tags that
+    often stand together, and two authors of such items; a reader belongs to one circle, leans to another, and has a tag
+    of their own. What a reader likes can be told from what they and their circle clicked, and from nothing else.
+
+    An examined item is clicked with the chance `most` / (1 + exp(-logit)); a logit rises by `slopes_IT` @ taste_T.
     """
 
     def __init__(self, items: Sequence[Item], *, seed: int = 0) -> None:
@@ -86,43 +100,79 @@ class World:
         for row, of in enumerate(item_themes):
             for theme in of:
                 raw_IT[row, self._column[theme]] = 1.0 if theme.startswith("tag:") else _ENTITY_WEIGHT
-        self._themes_IT: Floats = raw_IT / np.maximum(np.linalg.norm(raw_IT, axis=1, keepdims=True), 1e-9)
-        self._quality_I: Floats = np.random.default_rng(seed).normal(scale=0.5, size=len(items))
+        self.most = _MOST
+        self.slopes_IT: Floats = _TASTE_LOGIT * raw_IT / np.maximum(np.linalg.norm(raw_IT, axis=1, keepdims=True), 1e-9)
+        rng = np.random.default_rng(seed)
+        self._quality_I: Floats = rng.normal(scale=_QUALITY_SPREAD, size=len(items))
         self._light_I: Floats = np.array([0.0 if _LIGHT.isdisjoint(of) else 1.0 for of in item_themes])
+        self._circles_KT = self._draw_circles(rng)
 
     def reader(self, number: int, *, seed: int = 0) -> Reader:
-        """Returns reader `number`: two to four liked tags, often an author too, and what their taste drifts to."""
+        """Returns reader `number`: what they like, and what their taste drifts to."""
         rng = np.random.default_rng([seed, number])
         return Reader(
             user_id=UserId(f"reader-{seed}-{number:05d}"),
-            taste_T=self._taste(rng),
-            drift_T=self._taste(rng),
-            patience=float(rng.uniform(0.7, 1.0)),
+            taste_T=self.draw_taste(rng),
+            drift_T=self.draw_taste(rng),
+            patience=float(rng.uniform(*_PATIENCE)),
         )
 
-    def _taste(self, rng: np.random.Generator) -> Floats:
-        taste_T = np.zeros(len(self._column))
-        for theme in rng.choice(self._likable, size=int(rng.integers(2, 5)), replace=False):
-            taste_T[self._column[theme]] = rng.uniform(0.6, 1.0)
-        if self._admirable and rng.random() < 0.5:
-            taste_T[self._column[str(rng.choice(self._admirable))]] = 0.6
+    def draw_taste(self, rng: np.random.Generator) -> Floats:
+        """Returns float64 [T] of unit length: the taste of somebody."""
+        main, second = rng.choice(len(self._circles_KT), size=2, replace=False)
+        taste_T = self._circles_KT[main] + _SECOND_CIRCLE * self._circles_KT[second]
+        taste_T[self._column[str(rng.choice(self._likable))]] += _OF_ONES_OWN
         return _unit(taste_T)
+
+    def _draw_circles(self, rng: np.random.Generator) -> Floats:
+        """Returns float64 [K, T], unit rows. A circle grows from a tag that no other has, by tags that go with it."""
+        tags = np.array([self._column[theme] for theme in self._likable])
+        admirable = np.array([self._column[theme] for theme in self._admirable], dtype=np.int64)
+        held_IT = (self.slopes_IT > 0).astype(np.float64)
+        together_TT = held_IT.T @ held_IT
+        common_T = np.sqrt(np.maximum(np.diag(together_TT), 1.0))
+        affinity_TT = together_TT / common_T[:, None] / common_T[None, :]
+        taken: set[int] = set()
+        circles_KT = np.zeros((_CIRCLES, len(self._column)))
+        for circle_T in circles_KT:
+            free = [tag for tag in tags.tolist() if tag not in taken] or tags.tolist()
+            members = [int(rng.choice(free))]
+            while len(members) < min(_CIRCLE_TAGS, len(tags)):
+                others = np.setdiff1d(tags, members)
+                shared = np.array([0.5 if tag in taken else 1.0 for tag in others.tolist()])
+                nearest = others[np.argsort(-affinity_TT[members][:, others].sum(0) * shared, kind="stable")[:3]]
+                members.append(int(rng.choice(nearest)))
+            taken |= set(members)
+            circle_T[members] = rng.uniform(0.5, 1.0, size=len(members))
+            fitting = np.argsort(-together_TT[members][:, admirable].sum(0), kind="stable")[:_CIRCLE_ADMIRED]
+            circle_T[admirable[fitting]] = 0.5
+            circle_T /= np.linalg.norm(circle_T)
+        return circles_KT
 
     def attraction(self, reader: Reader, moment: Moment) -> Floats:
         """Returns float64 [I]: the probability that the reader, having examined an item, clicks it."""
         angle = moment.hours / 24.0 / _DRIFT_DAYS
         taste_T = np.cos(angle) * reader.taste_T + np.sin(angle) * reader.drift_T
-        logits_I = _BASE_LOGIT + _TASTE_LOGIT * (self._themes_IT @ taste_T) + self._quality_I
-        if moment.evening or moment.device == "mobile":
-            logits_I = logits_I + 0.8 * self._light_I
-        attraction_I: Floats = 1.0 / (1.0 + np.exp(-logits_I))
+        logits_I = self.usual_logits(moment) + self.slopes_IT @ taste_T + self._quality_I
+        attraction_I: Floats = self.most / (1.0 + np.exp(-logits_I))
         for item_id in reader.read:
             attraction_I[self._row[item_id]] *= 0.05
         return attraction_I
 
+    def usual_logits(self, moment: Moment | None) -> Floats:
+        """Returns float64 [I]: what draws people to items of middling quality that are nothing to them, by moment."""
+        light = moment is not None and (moment.evening or moment.device == "mobile")
+        result: Floats = _BASE_LOGIT + (_LIGHT_LOGIT * light) * self._light_I
+        return result
+
     def examination(self, reader: Reader, n: int) -> Floats:
         """Returns float64 [n]: the probability that the reader looks at each position."""
         result: Floats = reader.patience / (1.0 + _POSITION_DECAY * np.arange(n))
+        return result
+
+    def usual_examination(self, n: int) -> Floats:
+        """Returns float64 [n]: the same of a reader of middling patience."""
+        result: Floats = sum(_PATIENCE) / 2 / (1.0 + _POSITION_DECAY * np.arange(n))
         return result
 
     def react(
@@ -138,14 +188,14 @@ class World:
                 continue
             joy = float(attraction_I[self._row[item_id]])
             if rng.random() < joy:
-                dwell_s = float(rng.lognormal(mean=3.0 + joy, sigma=0.5))
+                dwell_s = float(rng.lognormal(mean=3.0 + 2.0 * joy, sigma=0.5))
                 reactions.append(Reaction(item_id, position, "click", seconds, dwell_s))
                 reader.read.add(item_id)
-                if rng.random() < 0.5 * joy:
-                    stars = int(np.clip(round(2.2 + 3.0 * joy + rng.normal(scale=0.5)), 1, 5))
+                if rng.random() < joy:
+                    stars = int(np.clip(round(2.2 + 6.0 * joy + rng.normal(scale=0.5)), 1, 5))
                     action: Literal["like", "save"] = "like" if rng.random() < 0.7 else "save"
                     reactions.append(Reaction(item_id, position, action, seconds + 1.0, rating=stars))
-            elif joy < 0.02 and rng.random() < 0.1:
+            elif joy < 0.01 and rng.random() < 0.1:
                 reactions.append(Reaction(item_id, position, "skip", seconds))
         return sorted(reactions, key=lambda reaction: reaction.delay_s)
 
