@@ -70,7 +70,7 @@ class ModelSlot:
         self._serving: Arrangement | None = None
         self._aside: LoadedModel | None = None  # loaded, and not yet arranged
         self._parts = Parts()
-        self._work_aside = Aside()
+        self._work_aside = Aside(calm=lambda: not any(model.in_use for model in self._models()))
         self._loading: ModelVersion | None = None
         self._refused: dict[ModelVersion, str] = {}
         self._tallies: dict[ModelVersion, VersionTally] = {}

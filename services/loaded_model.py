@@ -123,6 +123,11 @@ class LoadedModel:
         queues = self._queues
         return 0 if queues is None else queues.encoding.waiting + queues.scoring.waiting
 
+    @property
+    def in_use(self) -> bool:
+        """Whether a request holds the model."""
+        return self._holders > 0
+
     def encode_user(self, text: str, deadline: float) -> EncodedUsers:
         """Returns the user's text as the model sees it (B = 1). Raises TooLate, Overloaded or ScoringError."""
         held = self._users.get(text)

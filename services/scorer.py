@@ -92,8 +92,9 @@ class Scorer:
     ) -> Self:
         """Returns the scorer of a bundle; of its graphs and tokenizer, what `parts` holds already is not read again.
 
-        Graphs are checked and opened where `run` does it. Raises ProviderError where ONNX Runtime would run elsewhere
-        than asked, BundleError naming a file that is missing or damaged: only checksums tell a damaged weight.
+        Graphs are checked and opened where `run` does it, piece by piece. Raises ProviderError where ONNX Runtime would
+        run elsewhere than asked, BundleError naming a file that is missing or damaged: only checksums tell a damaged
+        weight.
         """
         card = load_ranker_card(bundle.file(MODEL_CARD).parent)
         if precision not in card.precisions:
@@ -108,11 +109,11 @@ class Scorer:
             name = f"{precision}/{graph}.onnx"
 
             def open_graph() -> onnxruntime.InferenceSession:
-                bundle.file(words)  # the graph names it
-                return _open_session(bundle.file(name), provider, intra_op_threads)
+                run(lambda: bundle.file(words))  # the graph names it
+                path = run(lambda: bundle.file(name))
+                return run(lambda: _open_session(path, provider, intra_op_threads))
 
-            made_of = (bundle.sum(name), bundle.sum(words), provider, intra_op_threads)
-            return parts.get(made_of, lambda: run(open_graph))
+            return parts.get((bundle.sum(name), bundle.sum(words), provider, intra_op_threads), open_graph)
 
         tokenizers = (tokenizer(card.max_user_tokens), tokenizer(card.max_item_tokens))
         return cls(card, tokenizers, tuple(session(graph) for graph in ("user_encoder", "item_encoder", "scorer")))
