@@ -55,4 +55,5 @@ class Aside:
 def _give_way() -> None:
     if sys.platform == "linux":  # elsewhere a thread has no priority of its own
         with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+            nice = os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) + _NICE
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)  # beyond 19 is 19
