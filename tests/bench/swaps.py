@@ -7,6 +7,7 @@ that is slow for a while says nothing. Replicas are asked at the same pace near 
 """
 
 import asyncio
+import contextlib
 import multiprocessing
 import os
 import tempfile
@@ -160,7 +161,9 @@ async def _load(client: httpx.AsyncClient, answers: list[_Answer], done: asyncio
 
 async def _watch(client: httpx.AsyncClient, replicas: _Replicas, done: asyncio.Event) -> None:
     while not done.is_set():
-        found = (await client.get("/v1/models")).json()["replicas"]
+        found: list[dict[str, str]] = []
+        with contextlib.suppress(httpx.HTTPError):  # nobody's request: the next look will tell
+            found = (await client.get("/v1/models")).json()["replicas"]
         versions = {replica["serving"] for replica in found}
         if len(versions) == 1 and replicas.serving not in versions:
             replicas.serving = str(versions.pop())
