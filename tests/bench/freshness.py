@@ -3,8 +3,8 @@
 A simulated town is recommended to by the functions that serve, and reads; what Kafka would hold of it goes to the Kafka
 of a running system, whose workers fold it. Then the clock starts, with a round as the Ray job it always is, beside the
 services; it ends when every replica has the version it made, as a canary by default. Twice on the same log: with the
-head alone learning, as in the demo, and under the default settings. The gate judges as always; its margin alone is wide,
-so that whether a figure comes of a run is not left to a handful of slates.
+head alone learning, as in the demo, and under the default settings. The gate judges as always, but its margin is wide:
+whether a figure comes of a run is not left to a handful of slates.
 """
 
 import asyncio
