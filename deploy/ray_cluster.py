@@ -33,6 +33,8 @@ def ray_cluster(address: str | None = None) -> Iterator[None]:
         return
     # A processor-only machine: without this Ray warns that it will stop hiding the accelerators nobody has.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray runs every worker at nice 15. Ours are services, which answer before anything else; training gives way itself.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     # A short path: Ray's sockets stand below it, and their names may have about a hundred characters.
     with tempfile.TemporaryDirectory(prefix="tailrace-ray-", ignore_cleanup_errors=True) as folder:
         try:

@@ -1,4 +1,6 @@
-"""What one model version has computed of every item: vectors and states by catalogue row, kept up as items change.
+"""What an item encoder has computed of every item: vectors and states by catalogue row, kept up as items change.
+
+Versions whose item encoder is the same, to the byte, share them, and a swap between such versions encodes nothing.
 
 Shapes: R rows of the catalogue, N rows asked for, T states per item, H hidden size. States are kept as float16: half
 the memory for an error far below int8's. The text an item was encoded from stays beside its numbers, so that an
@@ -19,6 +21,7 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
+from tailrace.bundle import Bundle
 from tailrace.catalogue import Catalogue, Flags, Rows
 from tailrace.text import render_item
 
@@ -43,16 +46,20 @@ class EncodedItems:
     vectors_ND: Floats
 
 
-def cache_file(cache_dir: Path, bundle: Path, precision: str, max_item_tokens: int) -> Path:
-    """Returns where the encodings that a bundle makes are kept: one file for all versions that encode items alike.
+def encoder_digest(bundle: Bundle, precision: str, max_item_tokens: int) -> str:
+    """Returns what tells the item encoder of a bundle from others: versions that encode items alike have the same."""
+    digest = hashlib.sha256(f"{precision} {max_item_tokens}".encode())
+    for name in (f"{precision}/item_encoder.onnx", f"{precision}/words.bin", "tokenizer.json"):
+        digest.update(bytes.fromhex(bundle.sum(name)))
+    return digest.hexdigest()[:32]
+
+
+def cache_file(cache_dir: Path, encoder: str) -> Path:
+    """Returns where the encodings that an encoder makes are kept on disk; `encoder` is its digest.
 
     Files of encoders that have not been used of late are removed.
     """
-    digest = hashlib.sha256(f"{precision} {max_item_tokens}".encode())
-    for name in (f"{precision}/item_encoder.onnx", f"{precision}/words.bin", "tokenizer.json"):
-        with (bundle / name).open("rb") as reader:
-            digest.update(hashlib.file_digest(reader, "sha256").digest())
-    found = cache_dir / f"{digest.hexdigest()[:32]}.npz"
+    found = cache_dir / f"{encoder}.npz"
     with contextlib.suppress(FileNotFoundError):  # not there yet; or another replica removes one at the same time
         others = sorted(cache_dir.glob("*.npz"), key=lambda file: (file == found, file.stat().st_mtime))
         for file in others[:-_MAX_CACHE_FILES]:

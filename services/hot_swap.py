@@ -1,8 +1,9 @@
 """Keeps one replica's models current: follows the registry's pointer, and encodes items as they come and change.
 
 One reference points at the arrangement that serves: the champion, and a canary where there is one. The next version is
-loaded aside (`load_aside.py`), and only then the reference changes. Requests in flight finish on the model they began
-with, which then ends. A canary that becomes the champion is loaded already; one that is rolled back leaves at once.
+loaded aside (`load_aside.py`), giving way to what serves and sharing what the two have in common (`parts.py`), and only
+then the reference changes. Requests in flight finish on the model they began with, which then ends. A canary that
+becomes the champion is loaded already; one that is rolled back leaves at once.
 
 A bundle that is refused changes nothing: the old models serve on, and status and log say why. It is tried again when
 it is announced again, and at every look at the pointer as long as nothing serves.
@@ -11,7 +12,7 @@ it is announced again, and at every look at the pointer as long as nothing serve
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from uuid import uuid4
@@ -20,10 +21,13 @@ import msgspec
 import structlog
 
 from services.arrangement import Arrangement, arrange, missing_version
+from services.aside import Aside
 from services.bodies import Asked, ModelStatus
 from services.load_aside import WarmUp, load_aside
 from services.loaded_model import LoadedModel
+from services.parts import Parts
 from services.tally import VersionTally
+from tailrace.bundle import Bundle
 from tailrace.catalogue import Catalogue
 from tailrace.errors import BundleError, NotReady, TailraceError
 from tailrace.events import ModelAnnouncement, decode
@@ -51,7 +55,7 @@ class ModelSlot:
         registry: Registry,
         catalogue: Catalogue,
         *,
-        load: Callable[..., LoadedModel] = LoadedModel.load,
+        load: Callable[..., LoadedModel] = LoadedModel.open,
         items_read: Callable[[], bool],
         warm_up: WarmUp,
     ) -> None:
@@ -65,6 +69,8 @@ class ModelSlot:
         self._replica = uuid4().hex[:8]
         self._serving: Arrangement | None = None
         self._aside: LoadedModel | None = None  # loaded, and not yet arranged
+        self._parts = Parts()
+        self._work_aside = Aside(calm=lambda: not any(model.in_use for model in self._models()))
         self._loading: ModelVersion | None = None
         self._refused: dict[ModelVersion, str] = {}
         self._tallies: dict[ModelVersion, VersionTally] = {}
@@ -97,6 +103,7 @@ class ModelSlot:
         for model in (*self._models(), self._aside):
             if model is not None:
                 model.retire()
+        self._work_aside.close()
 
     def wait(self, timeout_s: float) -> bool:
         """Returns whether a model serves, once the first has been loaded or refused, or after `timeout_s`."""
@@ -190,6 +197,8 @@ class ModelSlot:
         before, aside = self._serving, self._aside
         held = (*self._models(), *(() if aside is None else (aside,)))
         planned = arrange(pointer, before, held)
+        for model in () if planned is None else planned.models():
+            model.start()
         with self._reference:
             self._serving, self._aside = planned, None
         serving, served = self._models(), () if before is None else before.models()
@@ -210,9 +219,8 @@ class ModelSlot:
         self._loading = version
         try:
             model = load_aside(
-                version,
-                fetch=lambda: self._registry.fetch(version, self._settings.path("cache") / "bundles"),
-                load=lambda folder: self._load(folder, version, self._settings),
+                lambda: self._load(self._open(version), version, self._settings, self._parts, self._work_aside.run),
+                serving=self._models(),
                 catalogue=self._catalogue,
                 requests=list(self._recent),
                 warm_up=self._warm_up,
@@ -231,6 +239,9 @@ class ModelSlot:
             self._refused.pop(version, None)
             log.info("model loaded", version=version, took_s=round(time.monotonic() - started, 2))
         return model
+
+    def _open(self, version: ModelVersion) -> Bundle:
+        return self._registry.open(version, self._settings.path("cache") / "bundles")
 
     def _unwanted(self, version: ModelVersion) -> bool:
         if not self._look.is_set():
@@ -254,7 +265,7 @@ class ModelSlot:
     def _encode_chunks(self) -> bool:
         """Returns whether more items wait, after a chunk for each model that serves."""
         more = False
-        for model in self._models():
+        for model in _one_of_each_encoder(self._models()):
             try:
                 more |= model.catch_up(self._catalogue)
             except TailraceError as error:
@@ -263,8 +274,12 @@ class ModelSlot:
         return more
 
     def _save_items(self) -> None:
-        for model in self._models():
+        for model in _one_of_each_encoder(self._models()):
             model.encodings.save()
+
+
+def _one_of_each_encoder(models: Iterable[LoadedModel]) -> Iterable[LoadedModel]:
+    return {id(model.encodings): model for model in models}.values()
 
 
 def _forget_oldest(held: dict[ModelVersion, Any], keep: list[ModelVersion]) -> None:

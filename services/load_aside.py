@@ -1,14 +1,13 @@
 """Makes a version ready to serve, aside: nothing here touches what serves.
 
-1. Fetch the bundle and verify its checksums.
-2. Open its sessions, and check that it takes the input we make.
-3. Encode the catalogue with it, from the disk where it can.
-4. Warm it up on recent requests.
+1. Open what no loaded version has, each file fetched and its checksum verified first; check that it takes the input
+   we make.
+2. Encode the catalogue with it, from the disk where it can; nothing, where what serves encodes items alike.
+3. Warm it up on recent requests.
 """
 
 from collections.abc import Callable, Sequence
 from math import isfinite
-from pathlib import Path
 
 import numpy as np
 
@@ -16,7 +15,7 @@ from services.bodies import Asked, RankedAnswer, RecommendationRequest
 from services.loaded_model import LoadedModel
 from tailrace.catalogue import Catalogue
 from tailrace.errors import BundleError
-from tailrace.ids import ModelVersion, RequestId, UserId
+from tailrace.ids import RequestId, UserId
 
 WarmUp = Callable[[Asked, LoadedModel], RankedAnswer]
 
@@ -30,35 +29,32 @@ _FIRST_REQUEST = Asked(
 
 
 def load_aside(
-    version: ModelVersion,
+    load: Callable[[], LoadedModel],
     *,
-    fetch: Callable[[], Path],
-    load: Callable[[Path], LoadedModel],
+    serving: Sequence[LoadedModel],
     catalogue: Catalogue,
     requests: Sequence[Asked],
     warm_up: WarmUp,
     unwanted: Callable[[], bool],
 ) -> LoadedModel | None:
-    """Returns the model, ready to serve; None where it became unwanted on the way.
+    """Returns the model that `load` opens, ready to serve; None where it became unwanted on the way.
 
     Raises BundleError, or whatever else is wrong with the bundle.
     """
-    # 1. and 2. Fetch, verify, open, check.
-    model = load(fetch())
-    try:
-        # 3. Encode the catalogue.
+    # 1. Open and check.
+    model = load()
+    # 2. Encode the catalogue.
+    if all(one.encodings is not model.encodings for one in serving):
         while model.catch_up(catalogue):
             if unwanted():
-                model.retire()
                 return None
         if not np.isfinite(model.encodings.vectors).all():
-            raise BundleError(f"{version} makes item vectors that are not finite")
-        # 4. Warm up.
-        for asked in requests or [_FIRST_REQUEST]:
-            _require_sound(model, warm_up(asked, model))
-    except Exception:
-        model.retire()
-        raise
+            raise BundleError(f"{model.version} makes item vectors that are not finite")
+    # 3. Warm up.
+    for asked in requests or [_FIRST_REQUEST]:
+        if unwanted():
+            return None
+        _require_sound(model, warm_up(asked, model))
     return model
 
 

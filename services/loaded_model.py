@@ -6,27 +6,30 @@ better than one caller with two threads.
 """
 
 import time
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from services.aside import Run, at_once
 from services.batcher import Batcher
-from services.encodings import Arrays, EncodedItems, ItemEncodings, cache_file
+from services.encodings import Arrays, EncodedItems, ItemEncodings, cache_file, encoder_digest
+from services.parts import Parts
+from services.recently_used import RecentlyUsed
 from services.scorer import EncodedUsers, Precision, Scorer
 from services.tally import VersionTally
+from tailrace.bundle import Bundle, LooseBundle
 from tailrace.catalogue import Catalogue
 from tailrace.cosines import Floats
 from tailrace.errors import BundleError, ScoringError, TooLate
 from tailrace.features import FEATURE_NAMES
 from tailrace.ids import ModelVersion
-from tailrace.settings import Settings
+from tailrace.settings import RankerSettings, Settings
 from tailrace.text import TEXT_VERSION
 
 _USER_CACHE_BYTES = 64 * 1024 * 1024
@@ -46,10 +49,19 @@ class ScoreJob:
 
 
 class LoadedModel:
-    """Implements `recommender.TextModel`. After `retire` it ends with its last holder."""
+    """Implements `recommender.TextModel`. After `retire` it ends with its last holder.
+
+    Until `start` it has no threads: whatever it is asked is done where `run` does it, by one caller at a time.
+    """
 
     def __init__(
-        self, version: ModelVersion, precision: str, scorer: Scorer, encodings: ItemEncodings, settings: Settings
+        self,
+        version: ModelVersion,
+        precision: str,
+        scorer: Scorer,
+        encodings: ItemEncodings,
+        settings: Settings,
+        run: Run = at_once,
     ) -> None:
         self.version = version
         self.precision = precision
@@ -58,42 +70,63 @@ class LoadedModel:
         self.failures = 0
         self.last_failure = ""
         self._scorer = scorer
-        # int8 activations of one call share their scales, so on CPU each request is a call of its own: a user's scores
-        # never depend on who else asks, and each is answered the moment it is done. A GPU computes in floats and is
-        # only well used by several at once.
-        most = settings.ranker.max_batch_requests if settings.ranker.device == "cuda" else 1
-        room = settings.ranker.max_queued_requests
-        self._encoding = Batcher("encode", self._run_encode, max_batch=most, max_waiting=room)
-        self._scoring = Batcher("score", self._run_score, max_batch=most, max_waiting=room)
-        self._users: _Cache[EncodedUsers] = _Cache(_USER_CACHE_BYTES)
-        self._queries: _Cache[Floats] = _Cache(_QUERY_CACHE)
+        self._ranker = settings.ranker
+        self._run = run
+        self._queues: _Queues | None = None
+        self._users: RecentlyUsed[EncodedUsers] = RecentlyUsed(_USER_CACHE_BYTES)
+        self._queries: RecentlyUsed[Floats] = RecentlyUsed(_QUERY_CACHE)
         self._holders = 0
         self._retired = False
         self._lock = Lock()
 
     @classmethod
     def load(cls, folder: Path, version: ModelVersion, settings: Settings) -> "LoadedModel":
-        """Returns the model of a verified bundle. Raises BundleError, also when it takes other input than we make."""
+        """Returns the model of a folder whose checksums the caller has verified. Raises BundleError as `open` does."""
+        return cls.open(LooseBundle(folder), version, settings, Parts())
+
+    @classmethod
+    def open(
+        cls, bundle: Bundle, version: ModelVersion, settings: Settings, parts: Parts, run: Run = at_once
+    ) -> "LoadedModel":
+        """Returns the model of a bundle, which shares with others what `parts` holds.
+
+        Raises BundleError, also when it takes other input than we make.
+        """
         ranker = settings.ranker
         if ranker.precision == "auto":
             precision: Precision = "int8" if ranker.device == "cpu" else "fp16"
         else:
             precision = ranker.precision
-        scorer = Scorer.load(
-            folder, precision=precision, provider=ranker.device, intra_op_threads=ranker.intra_op_threads
+        scorer = Scorer.open(
+            bundle, parts, run, precision=precision, provider=ranker.device, intra_op_threads=ranker.intra_op_threads
         )
         card = scorer.card
         if tuple(card.feature_names) != FEATURE_NAMES or str(card.text_version) != str(TEXT_VERSION):
             raise BundleError(f"{version} was trained on other features or text than this program makes")
-        cache = None
-        if ranker.item_text_cache:
-            cache = cache_file(settings.path("cache") / "items", folder, precision, card.max_item_tokens)
-        return cls(version, precision, scorer, ItemEncodings(card.hidden_size, cache), settings)
+        encoder = encoder_digest(bundle, precision, card.max_item_tokens)
+
+        def encode_nothing_yet() -> ItemEncodings:
+            kept = cache_file(settings.path("cache") / "items", encoder) if ranker.item_text_cache else None
+            return ItemEncodings(card.hidden_size, kept)
+
+        encodings = parts.get(("item encodings", encoder), encode_nothing_yet)
+        return cls(version, precision, scorer, encodings, settings, run)
+
+    def start(self) -> None:
+        """Starts the model's threads: from here on any number of callers may ask at once."""
+        if self._queues is None:
+            self._queues = _Queues(self._run_encode, self._run_score, self._ranker)
 
     @property
     def waiting(self) -> int:
         """How many jobs wait in both queues."""
-        return self._encoding.waiting + self._scoring.waiting
+        queues = self._queues
+        return 0 if queues is None else queues.encoding.waiting + queues.scoring.waiting
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a request holds the model."""
+        return self._holders > 0
 
     def encode_user(self, text: str, deadline: float) -> EncodedUsers:
         """Returns the user's text as the model sees it (B = 1). Raises TooLate, Overloaded or ScoringError."""
@@ -115,15 +148,20 @@ class LoadedModel:
         self, user: EncodedUsers, items: EncodedItems, features_NF: Floats, deadline: float
     ) -> tuple[Floats, Floats]:
         """Returns click logits [N] and ratings [N]. Raises TooLate, Overloaded or ScoringError."""
-        clicks_N, ratings_N = _wait(self._scoring.submit(ScoreJob(user, items, features_NF), deadline), deadline)
+        job = ScoreJob(user, items, features_NF)
+        if self._queues is None:
+            clicks_N, ratings_N = self._run(lambda: self._run_score([job])[0])
+        else:
+            clicks_N, ratings_N = _wait(self._queues.scoring.submit(job, deadline), deadline)
         if not (np.isfinite(clicks_N).all() and np.isfinite(ratings_N).all()):
             raise self._failed("scores are not finite")
         return clicks_N, ratings_N
 
     def encode_items(self, texts: Sequence[str]) -> Arrays:
-        """Returns states, mask and vectors of items with these texts; runs in the caller's thread."""
+        """Returns states, mask and vectors of items with these texts; once started, runs in the caller's thread."""
         try:
-            encoded = self._scorer.encode_items(texts)
+            encode = self._run if self._queues is None else at_once
+            encoded = encode(lambda: self._scorer.encode_items(texts))
         except Exception as error:  # ONNX Runtime's exceptions share no other base
             raise self._failed(f"encoding items failed: {error}") from error
         return encoded.states_NTH, encoded.mask_NT, encoded.vectors_ND
@@ -151,12 +189,14 @@ class LoadedModel:
     def _end_if_unused(self) -> None:
         with self._lock:
             unused = self._retired and self._holders == 0
-        if unused:
-            self._encoding.stop()
-            self._scoring.stop()
+        if unused and self._queues is not None:
+            self._queues.stop()
 
     def _encode(self, text: str, deadline: float) -> EncodedUsers:
-        encoded = _wait(self._encoding.submit(text, deadline), deadline)
+        if self._queues is None:
+            encoded = self._run(lambda: self._run_encode([text])[0])
+        else:
+            encoded = _wait(self._queues.encoding.submit(text, deadline), deadline)
         if not np.isfinite(encoded.vectors_BD).all():
             raise self._failed("a user's vector is not finite")
         return encoded
@@ -192,6 +232,28 @@ class LoadedModel:
         return [(clicks_BN[index, :size], ratings_BN[index, :size]) for index, size in enumerate(sizes)]
 
 
+class _Queues:
+    """A model's two threads, and what waits for them."""
+
+    def __init__(
+        self,
+        encode: Callable[[list[str]], list[EncodedUsers]],
+        score: Callable[[list[ScoreJob]], list[tuple[Floats, Floats]]],
+        ranker: RankerSettings,
+    ) -> None:
+        # int8 activations of one call share their scales, so on CPU each request is a call of its own: a user's scores
+        # never depend on who else asks, and each is answered the moment it is done. A GPU computes in floats and is
+        # only well used by several at once.
+        most = ranker.max_batch_requests if ranker.device == "cuda" else 1
+        room = ranker.max_queued_requests
+        self.encoding = Batcher("encode", encode, max_batch=most, max_waiting=room)
+        self.scoring = Batcher("score", score, max_batch=most, max_waiting=room)
+
+    def stop(self) -> None:
+        self.encoding.stop()
+        self.scoring.stop()
+
+
 def _wait(future: "Future[Value]", deadline: float) -> Value:
     try:
         return future.result(timeout=max(deadline - time.monotonic(), 0.0))
@@ -225,31 +287,3 @@ def _stack_padded(arrays: list[NDArray[Number]]) -> NDArray[Number]:
     most = max(len(array) for array in arrays)
     rows = [np.minimum(np.arange(most), len(array) - 1) for array in arrays]
     return np.stack([array if len(array) == most else array[row] for array, row in zip(arrays, rows, strict=True)])
-
-
-class _Cache(Generic[Value]):
-    """The values last used, up to a total cost. Any thread may use it."""
-
-    def __init__(self, max_cost: int) -> None:
-        self._max_cost = max_cost
-        self._cost = 0
-        self._held: OrderedDict[str, tuple[Value, int]] = OrderedDict()
-        self._lock = Lock()
-
-    def get(self, key: str) -> Value | None:
-        with self._lock:
-            found = self._held.get(key)
-            if found is None:
-                return None
-            self._held.move_to_end(key)
-            return found[0]
-
-    def put(self, key: str, value: Value, cost: int) -> None:
-        with self._lock:
-            if key in self._held:
-                return
-            self._held[key] = (value, cost)
-            self._cost += cost
-            while self._cost > self._max_cost:
-                _, (_, freed) = self._held.popitem(last=False)
-                self._cost -= freed

@@ -26,6 +26,7 @@ from tailrace.table_reader import TableReader
 from tailrace.telemetry import configure_logging
 
 _WARM_UP_S = 60.0
+_WARM_UP_CANDIDATES = 50  # every graph has run and every user is encoded, in a quarter of a request's time
 _asked_decoder = msgspec.msgpack.Decoder(Asked)
 _encoder = msgspec.msgpack.Encoder()
 
@@ -103,7 +104,9 @@ class Ranker:
 
     def _warm_up(self, asked: Asked, model: LoadedModel) -> RankedAnswer:
         request = msgspec.structs.replace(asked.request, dry_run=False)  # the impression is made, and goes nowhere
-        return self._recommend(msgspec.structs.replace(asked, request=request, budget_s=_WARM_UP_S), model)
+        few = msgspec.structs.replace(self._settings.ranker, num_candidates=_WARM_UP_CANDIDATES)
+        asked = msgspec.structs.replace(asked, request=request, budget_s=_WARM_UP_S)
+        return recommend(asked, self._catalogue, model, few, self._settings.slate)
 
     def _similar(self, item_id: ItemId, n: int) -> list[SimilarItem]:
         with self.slot.lease() as model:

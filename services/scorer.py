@@ -15,6 +15,9 @@ import onnxruntime
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from services.aside import Run, at_once
+from services.parts import Parts
+from tailrace.bundle import MODEL_CARD, Bundle, LooseBundle
 from tailrace.errors import BundleError, ProviderError
 from tailrace.model_card import RankerCard, load_ranker_card
 
@@ -23,6 +26,7 @@ Provider = Literal["cpu", "cuda"]
 Floats = NDArray[np.float32]
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_TOKENIZER = "tokenizer.json"
 _TEXTS_PER_CALL = 32
 # Item states scored in one call: enough to keep the products busy, few enough to stay in a core's cache.
 _STATES_PER_CALL = 512
@@ -65,21 +69,54 @@ class Scorer:
     def load(
         cls, directory: Path, *, precision: Precision = "int8", provider: Provider = "cpu", intra_op_threads: int = 1
     ) -> Self:
-        """Returns the scorer of a bundle's folder.
+        """Returns the scorer of a bundle's folder, whose checksums the caller has verified: see `open`."""
+        return cls.open(
+            LooseBundle(directory),
+            Parts(),
+            at_once,
+            precision=precision,
+            provider=provider,
+            intra_op_threads=intra_op_threads,
+        )
 
-        Raises ProviderError where ONNX Runtime would run elsewhere than asked, BundleError naming a file that is
-        missing or damaged. Verify the bundle's checksums before: a damaged weight need not fail to load.
+    @classmethod
+    def open(
+        cls,
+        bundle: Bundle,
+        parts: Parts,
+        run: Run,
+        *,
+        precision: Precision,
+        provider: Provider,
+        intra_op_threads: int,
+    ) -> Self:
+        """Returns the scorer of a bundle; of its graphs and tokenizer, what `parts` holds already is not read again.
+
+        Graphs are checked and opened where `run` does it, piece by piece. Raises ProviderError where ONNX Runtime would
+        run elsewhere than asked, BundleError naming a file that is missing or damaged: only checksums tell a damaged
+        weight.
         """
-        card = load_ranker_card(directory)
+        card = load_ranker_card(bundle.file(MODEL_CARD).parent)
         if precision not in card.precisions:
             raise BundleError(f"{card.version} holds {', '.join(card.precisions)}, not {precision}")
-        limits = (card.max_user_tokens, card.max_item_tokens)
-        user_tokenizer, item_tokenizer = (_load_tokenizer(directory / "tokenizer.json", limit) for limit in limits)
-        graphs = ("user_encoder", "item_encoder", "scorer")
-        sessions = tuple(
-            _open_session(directory / precision / f"{graph}.onnx", provider, intra_op_threads) for graph in graphs
-        )
-        return cls(card, (user_tokenizer, item_tokenizer), sessions)
+        words = f"{precision}/words.bin"
+
+        def tokenizer(max_tokens: int) -> Tokenizer:
+            made_of = (bundle.sum(_TOKENIZER), max_tokens)
+            return parts.get(made_of, lambda: _load_tokenizer(bundle.file(_TOKENIZER), max_tokens))
+
+        def session(graph: str) -> onnxruntime.InferenceSession:
+            name = f"{precision}/{graph}.onnx"
+
+            def open_graph() -> onnxruntime.InferenceSession:
+                run(lambda: bundle.file(words))  # the graph names it
+                path = run(lambda: bundle.file(name))
+                return run(lambda: _open_session(path, provider, intra_op_threads))
+
+            return parts.get((bundle.sum(name), bundle.sum(words), provider, intra_op_threads), open_graph)
+
+        tokenizers = (tokenizer(card.max_user_tokens), tokenizer(card.max_item_tokens))
+        return cls(card, tokenizers, tuple(session(graph) for graph in ("user_encoder", "item_encoder", "scorer")))
 
     def encode_users(self, texts: Sequence[str]) -> EncodedUsers:
         """Returns what scoring needs of the users with these texts, padded to the longest of them; at least one."""

@@ -1,8 +1,11 @@
 """What a bundle is: a folder of files, a model card, and a manifest with the sum of every file."""
 
 import hashlib
+import tempfile
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path, PurePosixPath
+from typing import Protocol
 
 import msgspec
 
@@ -11,6 +14,8 @@ from tailrace.ids import ModelVersion
 
 MANIFEST = "manifest.json"
 MODEL_CARD = "model.json"
+
+_CHUNK_BYTES = 4 * 1024 * 1024  # hashed at once: other threads run meanwhile, and few pieces disturb them little
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,14 +71,98 @@ def decode_manifest(version: ModelVersion, data: bytes) -> Manifest:
     return manifest
 
 
-def verify_files(folder: Path, manifest: Manifest) -> None:
-    """Checks the size and SHA-256 sum of every file in `folder`. Raises BundleError naming the first that is wrong."""
-    for name, entry in manifest.files.items():
-        path = folder / name
+class Bundle(Protocol):
+    """A bundle that is being opened, file by file: what is not asked for is neither fetched nor read."""
+
+    def file(self, name: str) -> Path:
+        """Returns where a file lies. Raises BundleError where it is known to be missing or damaged."""
+
+    def sum(self, name: str) -> str:
+        """Returns a file's SHA-256 sum. Raises BundleError where there is no such file."""
+
+
+class LooseBundle:
+    """A `Bundle` that was not published: files in a folder, without a manifest, taken as they are."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def file(self, name: str) -> Path:
+        """Returns where a file of this name would lie."""
+        return self._folder / name
+
+    def sum(self, name: str) -> str:
+        """Returns a file's SHA-256 sum, by reading it. Raises BundleError."""
+        try:
+            return hash_file(self._folder / name)
+        except OSError as error:
+            raise BundleError(f"{self._folder / name}: {error}") from error
+
+
+class PublishedBundle:
+    """A `Bundle` with a manifest, each file checked against it before its first use.
+
+    `fetch` brings a file to the path it is given, where the folder is a cache of what lies elsewhere.
+    """
+
+    def __init__(self, manifest: Manifest, folder: Path, fetch: Callable[[str, Path], None] | None = None) -> None:
+        self.manifest = manifest
+        self.folder = folder
+        self._fetch = fetch
+        self._checked: set[str] = set()
+
+    def file(self, name: str) -> Path:
+        """Returns where a file lies, its size and sum checked. Raises BundleError."""
+        path = self.folder / name
+        if name not in self._checked:
+            entry = self._entry(name)
+            if self._fetch is None:
+                self._check(path, name, entry)
+            else:
+                try:
+                    self._check(path, name, entry)
+                except BundleError:  # not there yet, or the copy rotted
+                    self._fetch_anew(path, name, entry)
+            self._checked.add(name)
+        return path
+
+    def sum(self, name: str) -> str:
+        """Returns the SHA-256 sum that a file was published with. Raises BundleError where there is no such file."""
+        return self._entry(name).sha256
+
+    def _entry(self, name: str) -> FileEntry:
+        try:
+            return self.manifest.files[name]
+        except KeyError:
+            raise BundleError(f"bundle {self.manifest.version}: {name} is missing") from None
+
+    def _fetch_anew(self, path: Path, name: str, entry: FileEntry) -> None:
+        assert self._fetch is not None
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{self.folder.name}-", dir=self.folder.parent) as temporary:
+            partial = Path(temporary) / "file"
+            try:
+                self._fetch(name, partial)
+            except FileNotFoundError:
+                raise BundleError(f"bundle {self.manifest.version}: {name} is missing") from None
+            self._check(partial, name, entry)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.replace(path)
+
+    def _check(self, path: Path, name: str, entry: FileEntry) -> None:
+        version = self.manifest.version
         if not path.is_file():
-            raise BundleError(f"bundle {manifest.version}: {name} is missing")
+            raise BundleError(f"bundle {version}: {name} is missing")
         if (size := path.stat().st_size) != entry.bytes:
-            raise BundleError(f"bundle {manifest.version}: {name} has {size} bytes, published with {entry.bytes}")
-        with path.open("rb") as reader:
-            if hashlib.file_digest(reader, "sha256").hexdigest() != entry.sha256:
-                raise BundleError(f"bundle {manifest.version}: {name} does not have the sum it was published with")
+            raise BundleError(f"bundle {version}: {name} has {size} bytes, published with {entry.bytes}")
+        if hash_file(path) != entry.sha256:
+            raise BundleError(f"bundle {version}: {name} does not have the sum it was published with")
+
+
+def hash_file(path: Path) -> str:
+    """Returns a file's SHA-256 sum in hex. Raises OSError."""
+    digest, held = hashlib.sha256(), bytearray(min(_CHUNK_BYTES, max(path.stat().st_size, 1)))
+    with path.open("rb", buffering=0) as reader:
+        while size := reader.readinto(held):
+            digest.update(memoryview(held)[:size])
+    return digest.hexdigest()

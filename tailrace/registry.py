@@ -22,7 +22,7 @@ import msgspec
 from kafka.errors import KafkaError
 
 from tailrace import pointer as moves
-from tailrace.bundle import MANIFEST, Manifest, decode_manifest, read_card, verify_files
+from tailrace.bundle import MANIFEST, Manifest, PublishedBundle, decode_manifest, read_card
 from tailrace.errors import BrokerUnavailable, BundleError
 from tailrace.events import ModelAnnouncement, encode
 from tailrace.ids import ModelVersion
@@ -127,39 +127,31 @@ class Registry:
             raise BundleError(f"no bundle {version} in {self.url} (there: {known})") from None
         return decode_manifest(version, data)
 
-    def fetch(self, version: ModelVersion, cache_dir: Path) -> Path:
-        """Returns a local folder with the bundle's files, every size and SHA-256 sum checked.
+    def open(self, version: ModelVersion, cache_dir: Path) -> PublishedBundle:
+        """Returns a bundle whose files are checked, size and SHA-256 sum, as they are asked for.
 
-        A local registry's own folder is used in place; otherwise files are downloaded beside `cache_dir`/version and
-        renamed when complete. Raises BundleError naming the file that is missing, damaged, or not of the bundle.
+        A local registry's own folder is used in place; otherwise each file is downloaded to `cache_dir`/version, where
+        only what is sound comes to lie. Raises BundleError, also where a file is not of the bundle.
         """
         manifest = self.manifest(version)
         self._check_no_extra(manifest)
         if self._files.local:
-            folder = Path(self._files.path("bundles", version))
-            verify_files(folder, manifest)
-            return folder
-        kept = cache_dir / version
-        if kept.is_dir():
-            try:
-                verify_files(kept, manifest)
-                return kept
-            except BundleError:  # the copy rotted or an older program left it: fetch it anew
-                shutil.rmtree(kept)
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{version}-", dir=cache_dir, ignore_cleanup_errors=True) as temporary:
-            partial = Path(temporary) / "bundle"
-            for name in manifest.files:
-                try:
-                    self._files.download(partial / name, "bundles", version, name)
-                except FileNotFoundError:
-                    raise BundleError(f"bundle {version}: {name} is missing") from None
-            verify_files(partial, manifest)
-            try:
-                partial.rename(kept)
-            except OSError:  # another process finished the same download first: use its copy, if it is sound
-                verify_files(kept, manifest)
-        return kept
+            return PublishedBundle(manifest, Path(self._files.path("bundles", version)))
+        return PublishedBundle(
+            manifest,
+            cache_dir / version,
+            lambda name, target: self._files.download(target, "bundles", version, name),
+        )
+
+    def fetch(self, version: ModelVersion, cache_dir: Path) -> Path:
+        """Returns a local folder with all of the bundle's files, every one checked as `open` does.
+
+        Raises BundleError naming the file that is missing, damaged, or not of the bundle.
+        """
+        bundle = self.open(version, cache_dir)
+        for name in bundle.manifest.files:
+            bundle.file(name)
+        return bundle.folder
 
     def export(self, version: ModelVersion, directory: Path) -> Manifest:
         """Copies the bundle, its sums checked, into `directory`, which must be new or empty. Returns the manifest.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from training.examples import Example
 from training.popularity import count_popularity
 from training.rescoring import BundleScorer, Floats, encode_texts, latency_ratio, score_examples
 
+_CALIBRATED = 500  # examples, the newest of those given: enough for the two numbers of a calibration
 _TIMED = 40  # examples on which the two are timed against each other
 
 Progress = Callable[[str, int, int], None]  # what is under way, done, in all
@@ -44,7 +46,9 @@ def compare(
     """
     popularity = count_popularity(learned)
     examination_K = fit_examination([*learned, *holdout], max(example.num_shown for example in holdout))
-    tables = [encode_texts(scorer, [*calibrate_on, *holdout], progress) for scorer in (champion, challenger)]
+    calibrate_on, threads = calibrate_on[-_CALIBRATED:], settings.training.threads
+    told = [*calibrate_on, *holdout]
+    tables = [encode_texts(scorer, told, progress, threads=threads) for scorer in (champion, challenger)]
     found = []
     for name, scorer, table in zip(("champion", "challenger"), (champion, challenger), tables, strict=True):
 
@@ -52,8 +56,8 @@ def compare(
             progress(f"{step}: {name}", done, total)
 
         weight = settings.slate.rating_weight
-        before = score_examples(scorer, calibrate_on, rating_weight=weight, items=table, progress=tell)
-        scores = score_examples(scorer, holdout, rating_weight=weight, items=table, progress=tell)
+        rescore = partial(score_examples, scorer, rating_weight=weight, items=table, progress=tell, threads=threads)
+        before, scores = rescore(calibrate_on), rescore(holdout)
         found.append(
             evaluate(
                 holdout,

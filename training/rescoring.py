@@ -9,6 +9,7 @@ Shapes: N candidates, F features, M distinct item texts, T states per item, H hi
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,7 +21,7 @@ from training.examples import Example
 Floats = NDArray[np.float32]
 Progress = Callable[[str, int, int], None]  # what is under way, done, in all
 
-_TEXTS_PER_STEP = 512
+_TEXTS_PER_STEP = 128
 _NEUTRAL_RATING = 3.0  # as `services.recommender` has it: the middle of 1 to 5
 
 
@@ -53,14 +54,18 @@ class ItemTable:
         return np.array([self.row_of[text] for text in texts], dtype=np.int64)
 
 
-def encode_texts(scorer: BundleScorer, examples: Sequence[Example], progress: Progress | None = None) -> ItemTable:
+def encode_texts(
+    scorer: BundleScorer, examples: Sequence[Example], progress: Progress | None = None, *, threads: int = 1
+) -> ItemTable:
     """Returns the states and vectors of every candidate's text, states in float16 as serving keeps them."""
     texts = list(dict.fromkeys(text for example in examples for text in example.texts))
+    steps = [texts[start : start + _TEXTS_PER_STEP] for start in range(0, max(len(texts), 1), _TEXTS_PER_STEP)]
     parts = []
-    for start in range(0, max(len(texts), 1), _TEXTS_PER_STEP):
-        parts.append(scorer.encode_items(texts[start : start + _TEXTS_PER_STEP]))
-        if progress is not None:
-            progress("encode items", min(start + _TEXTS_PER_STEP, len(texts)), len(texts))
+    with ThreadPoolExecutor(threads) as pool:
+        for part in pool.map(scorer.encode_items, steps):
+            parts.append(part)
+            if progress is not None:
+                progress("encode items", min(len(parts) * _TEXTS_PER_STEP, len(texts)), len(texts))
     return ItemTable(
         row_of={text: row for row, text in enumerate(texts)},
         states_MTH=np.concatenate([part.states_NTH for part in parts]).astype(np.float16),
@@ -76,18 +81,25 @@ def score_examples(
     rating_weight: float,
     items: ItemTable | None = None,
     progress: Progress | None = None,
+    threads: int = 1,
 ) -> list[Floats]:
     """Returns float32 [N] per example: click logit + `rating_weight` * (rating - 3), the utility that serving ranks by.
 
     `items` are `encode_texts` of the same bundle, where they are there already. A logged impression holds fewer
-    candidates than were ranked, so int8 scores differ from those served by quantization noise.
+    candidates than were ranked, so int8 scores differ from those served by quantization noise. `threads` examples are
+    scored at a time, each as it would be alone.
     """
-    table = encode_texts(scorer, examples, progress) if items is None else items
+    table = encode_texts(scorer, examples, progress, threads=threads) if items is None else items
+
+    def score(example: Example) -> Floats:
+        return _score_one(scorer, table, example, np.arange(len(example.texts)), rating_weight)
+
     scores: list[Floats] = []
-    for done, example in enumerate(examples, 1):
-        scores.append(_score_one(scorer, table, example, np.arange(len(example.texts)), rating_weight))
-        if progress is not None:
-            progress("score", done, len(examples))
+    with ThreadPoolExecutor(threads) as pool:
+        for found in pool.map(score, examples):
+            scores.append(found)
+            if progress is not None:
+                progress("score", len(scores), len(examples))
     return scores
 
 

@@ -2,7 +2,8 @@
 
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 
 import click
 from rich.console import Console
@@ -12,27 +13,34 @@ from tailrace.settings import load_settings
 from tailrace.telemetry import configure_logging
 from tests import readme
 from tests.bench.decoding import bench_decoding
+from tests.bench.freshness import bench_freshness
 from tests.bench.ranker import bench_ranker
 from tests.bench.report import Row, figure, save_results
 from tests.bench.stream import bench_stream
+from tests.bench.swaps import SWAPS, bench_swaps
 from tests.bench.system import bench_system
+from tests.bench.training import bench_training
 
-BENCHES: Mapping[str, Callable[[Console], list[Row]]] = {
+BENCHES: dict[str, Callable[[Console], list[Row]]] = {
     "system": bench_system,
     "ranker": bench_ranker,
     "stream": bench_stream,
     "decoding": bench_decoding,
+    "training": bench_training,
+    "freshness": bench_freshness,
+    "swaps": bench_swaps,
 }
 
 
 @click.command()
 @click.option("--only", type=click.Choice(list(BENCHES)), default=None, help="run one of them and write nothing")
-def main(only: str | None) -> None:
+@click.option("--swaps", type=click.IntRange(min=2), default=SWAPS, show_default=True, help="versions replaced")
+def main(only: str | None, swaps: int) -> None:
     """Measures, prints a table, and writes tests/bench/results.json and the README's table."""
     configure_logging(load_settings(environ={}, log_level="error"))
     console = Console()
     rows: list[Row] = []
-    for name, bench in BENCHES.items():
+    for name, bench in (BENCHES | {"swaps": partial(bench_swaps, swaps=swaps)}).items():
         if only in (None, name):
             console.rule(name)
             rows += bench(console)

@@ -139,14 +139,28 @@ def _add(place: Place) -> None:
         (_add, r"extra\.onnx is not in its manifest"),
     ],
 )
-def test_damaged_bundle_is_refused_naming_the_file_and_nothing_is_left_in_the_cache(
+def test_damaged_bundle_is_refused_naming_the_file_and_nothing_unsound_is_left_in_the_cache(
     place: Place, damage: Callable[[Place], None], found: str
 ) -> None:
     place.registry.publish(place.source, version=V1)
     damage(place)
     with pytest.raises(BundleError, match=found):
         place.registry.fetch(V1, place.cache)
-    assert list(place.cache.glob("*")) == []
+    left = [path for path in place.cache.rglob("*") if path.is_file()]
+    assert all(path.read_bytes() == (place.source / path.name).read_bytes() for path in left)
+    assert "ranker.onnx" not in {path.name for path in left}
+
+
+def test_file_that_is_not_asked_for_is_neither_checked_nor_downloaded(place: Place) -> None:
+    place.registry.publish(place.source, version=V1)
+    _flip_bit(place)
+    bundle = place.registry.open(V1, place.cache)
+    assert bundle.file("model.json").read_bytes() == (place.source / "model.json").read_bytes()
+    assert [path.name for path in place.cache.rglob("*.onnx")] == []
+    with pytest.raises(BundleError, match=r"ranker\.onnx does not have the sum"):
+        bundle.file("ranker.onnx")
+    with pytest.raises(BundleError, match=r"nothing\.onnx is missing"):
+        bundle.file("nothing.onnx")
 
 
 def test_damaged_manifest_is_refused(place: Place) -> None:

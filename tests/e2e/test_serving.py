@@ -10,6 +10,7 @@ import httpx
 
 from tailrace.ids import ModelVersion
 from tailrace.registry import announce
+from tests.bundles import retouch_graph
 from tests.e2e.scene import Scene, book, kill_replicas, new_user, until
 from tests.servers import listening_beyond_loopback
 
@@ -150,9 +151,9 @@ def test_overload_is_answered_429_with_retry_after_and_does_not_pile_up(scene: S
     assert 'tailrace_http_requests_total{route="/v1/recommendations",status="429"}' in metrics
 
 
-def test_damaged_bundle_leaves_the_running_model_and_says_so(scene: Scene) -> None:
+def test_damaged_bundle_leaves_the_running_model_and_says_so(scene: Scene, tmp_path: Path) -> None:
     version = ModelVersion("v3")
-    scene.registry.publish(scene.bundle, version=version)
+    scene.registry.publish(retouch_graph(scene.bundle, tmp_path / "bundle", "scorer"), version=version)
     announcement = scene.registry.promote(version)
     damaged = Path(scene.registry.url) / "bundles" / version / "int8" / "scorer.onnx"
     data = bytearray(damaged.read_bytes())

@@ -7,11 +7,13 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import msgspec
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import numpy_helper
 
@@ -19,6 +21,7 @@ from services.bodies import Asked, RankedAnswer, RecommendationRequest
 from services.hot_swap import ModelSlot
 from services.loaded_model import LoadedModel
 from services.recommender import recommend
+from tailrace.bundle import Bundle
 from tailrace.catalogue import Catalogue
 from tailrace.events import ModelAnnouncement, encode
 from tailrace.features import FEATURE_NAMES, PRIOR_WEIGHTS
@@ -27,6 +30,7 @@ from tailrace.items import Item
 from tailrace.pointer import assigned_version
 from tailrace.registry import Registry, open_registry
 from tailrace.settings import Settings, load_settings
+from tests.bundles import retouch_graph
 from tests.fakes import Gate
 from training.export import build_version_zero
 
@@ -100,10 +104,10 @@ class Place:
                     return weakref.ref(model)
         raise AssertionError(f"{version} serves nobody")
 
-    def _load(self, folder: Path, version: ModelVersion, settings: Settings) -> LoadedModel:
+    def _load(self, bundle: Bundle, version: ModelVersion, *rest: Any) -> LoadedModel:
         self.loads.append(version)
         self.before_load(version)
-        return LoadedModel.load(folder, version, settings)
+        return LoadedModel.open(bundle, version, *rest)
 
     def _recommend(self, asked: Asked, model: LoadedModel) -> RankedAnswer:
         asked = msgspec.structs.replace(asked, budget_s=30.0)
@@ -298,12 +302,87 @@ def test_unsound_bundle_leaves_everyone_on_the_champion_and_says_why(
     wait_until(lambda: place.slot.status().canary == V2)
 
 
-def test_canary_damaged_after_it_was_published_is_refused(place: Place) -> None:
+@pytest.fixture
+def retouched(tmp_path: Path, bundle: Path) -> Callable[[str], Path]:
+    """Makes a bundle with one graph of its own; all else is as in `bundle`."""
+    return lambda name: retouch_graph(bundle, tmp_path / f"other-{name}", name)
+
+
+def test_canary_damaged_after_it_was_published_is_refused(place: Place, retouched: Callable[[str], Path]) -> None:
     place.start()
-    announcement = place.registry.start_canary(V2, 0.5)
-    path = Path(place.registry.url) / "bundles" / V2 / "int8" / "scorer.onnx"
+    place.registry.publish(retouched("scorer"), version=V3)
+    announcement = place.registry.start_canary(V3, 0.5)
+    path = Path(place.registry.url) / "bundles" / V3 / "int8" / "scorer.onnx"
     path.write_bytes(path.read_bytes()[:-1])
     place.tell(announcement)
-    wait_until(lambda: V2 in place.slot.status().refused)
-    assert "scorer.onnx" in place.slot.status().refused[V2]
+    wait_until(lambda: V3 in place.slot.status().refused)
+    assert "scorer.onnx" in place.slot.status().refused[V3]
     assert set(place.served().values()) == {V1}
+
+
+# -- what two versions have in common ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The graphs that sessions were created of, in turn."""
+    found: list[str] = []
+    create = onnxruntime.InferenceSession.__init__
+
+    def noted(session: Any, path: Path, *args: Any, **options: Any) -> None:
+        found.append(path.stem)
+        create(session, path, *args, **options)
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "__init__", noted)
+    return found
+
+
+def test_swap_to_a_version_that_embeds_alike_opens_only_what_ranks_and_encodes_no_item(
+    place: Place, retouched: Callable[[str], Path], opened: list[str]
+) -> None:
+    place.start()
+    assert sorted(opened) == ["item_encoder", "scorer", "user_encoder"]
+    with place.slot.lease() as model:
+        before = model.encodings
+    opened.clear()
+    place.registry.publish(retouched("scorer"), version=V3)
+    announcement = place.registry.promote(V3)
+    # What is shared is not even read: now it cannot be.
+    (Path(place.registry.url) / "bundles" / V3 / "int8" / "item_encoder.onnx").unlink()
+    place.tell(announcement)
+    wait_until(lambda: place.slot.status().serving == V3)
+    assert opened == ["scorer"]
+    with place.slot.lease() as model:
+        assert model.encodings is before
+    assert place.ask(USERS[0]).degraded == "none"
+
+    place.announce_item("new", "A new book of whales")
+    place.slot.note_item()
+    wait_until(lambda: (place.slot.status().items, place.slot.status().pending) == (41, 0))
+
+
+def test_swap_to_a_version_whose_item_encoder_differs_encodes_every_item_anew(
+    place: Place, retouched: Callable[[str], Path], opened: list[str]
+) -> None:
+    place.start()
+    with place.slot.lease() as model:
+        before = model.encodings
+    opened.clear()
+    place.registry.publish(retouched("item_encoder"), version=V3)
+    place.tell(place.registry.promote(V3))
+    wait_until(lambda: place.slot.status().serving == V3)
+    assert opened == ["item_encoder"]
+    with place.slot.lease() as model:
+        assert model.encodings is not before
+        assert model.encodings.num_ready == 40
+
+
+def test_what_no_version_uses_any_more_is_let_go(place: Place, retouched: Callable[[str], Path]) -> None:
+    place.start()
+    with place.slot.lease() as model:
+        encodings = weakref.ref(model.encodings)
+    del model
+    place.registry.publish(retouched("item_encoder"), version=V3)
+    place.tell(place.registry.promote(V3))
+    wait_until(lambda: place.slot.status().serving == V3)
+    wait_until(lambda: encodings() is None)

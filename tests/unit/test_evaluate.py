@@ -325,6 +325,13 @@ def test_rescored_examples_get_the_utility_that_serving_ranks_by(bundle_dir: Pat
         assert scores_N.dtype == np.float32
 
 
+def test_examples_rescored_several_at_a_time_score_as_they_do_one_by_one(bundle_dir: Path) -> None:
+    scorer, examples = Scorer.load(bundle_dir, precision="int8"), bundle_examples(12)
+    alone, together = (score_examples(scorer, examples, rating_weight=0.25, threads=threads) for threads in (1, 3))
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_latency_is_the_median_ratio_of_the_two_on_the_same_examples(bundle_dir: Path) -> None:
     scorer = Scorer.load(bundle_dir, precision="fp32")
     examples = bundle_examples(5)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
@@ -120,6 +121,15 @@ def test_quantized_vectors_stay_close_to_exact_ones(exact: Scorer, quantized: Sc
     assert cosines.min() > 0.98
     similar = quantized.encode_users(USERS).vectors_BD @ quantized.encode_items(ITEMS).vectors_ND.T
     assert similar.argmax(1).tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("name", ["user_encoder", "item_encoder", "scorer"])
+def test_every_product_of_a_quantized_graph_is_int8_but_the_heads(bundle_dir: Path, name: str) -> None:
+    graph = onnx.load(bundle_dir / "int8" / f"{name}.onnx", load_external_data=False).graph
+    constants = {one.name for one in graph.initializer}
+    products = [node for node in graph.node if node.op_type in ("MatMul", "FusedMatMul", "Gemm")]
+    in_floats = [node.name for node in products if set(node.input) & constants]
+    assert all("/head/" in found for found in in_floats), in_floats
 
 
 def test_embedded_query_meets_the_item_about_it(quantized: Scorer) -> None:
