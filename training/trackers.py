@@ -121,6 +121,7 @@ class WandbTracker:
     """A run of Weights & Biases: on this machine only, unless `WANDB_MODE` says otherwise."""
 
     def __init__(self, run: TrackedRun) -> None:
+        os.environ.setdefault("WANDB_MODE", "offline")
         import wandb
 
         self._run: Any = wandb.init(
@@ -129,7 +130,6 @@ class WandbTracker:
             id=_once(run.folder / "wandb-run", lambda: uuid4().hex),
             resume="allow",
             dir=run.folder,
-            mode=os.environ.get("WANDB_MODE", "offline"),
             config=dict(run.facts),
             settings=wandb.Settings(silent=True, console="off", disable_git=True, save_code=False),
         )
