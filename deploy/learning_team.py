@@ -10,7 +10,7 @@ import ray
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
-from deploy.training_job import NICE
+from deploy.ray_cluster import NICE
 from tailrace.errors import TailraceError
 from tailrace.settings import TrainingSettings
 from training.fine_tune import FineTuned, Job

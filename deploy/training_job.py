@@ -16,7 +16,7 @@ import structlog
 from kafka.errors import KafkaError
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from deploy.ray_cluster import NAMESPACE
+from deploy.ray_cluster import NAMESPACE, NICE
 from tailrace.errors import NothingToLearn, RoundRunning, TailraceError
 from tailrace.registry import open_registry
 from tailrace.rounds import RoundRecord
@@ -29,7 +29,6 @@ from training.watchdog import watch
 log = structlog.get_logger()
 
 ACTOR = "tailrace-training"
-NICE = 10  # training gives way to serving where they share cores
 _TICK_S = 1.0
 _TELL_EVERY_S = 0.5
 
