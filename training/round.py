@@ -296,12 +296,12 @@ def _end(this: Round, parts: RoundParts, outcome: Outcome, reason: str) -> Round
         report=_report(this),
     )
     parts.rounds.append(record)
-    _conclude(this, record, parts.settings.training)
     # The bundle is in the registry or nowhere; without its plan a round is not taken up again.
     (this.folder / _PLAN_FILE).unlink(missing_ok=True)
     shutil.rmtree(this.folder / "bundle", ignore_errors=True)
     for checkpoint in this.folder.glob("*.safetensors"):
         checkpoint.unlink()
+    _conclude(this, record, parts.settings.training)
     log.info("round ended", version=record.version, outcome=outcome, reason=reason, took_s=this.took_s)
     return record
 
