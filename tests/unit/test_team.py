@@ -72,11 +72,11 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where both of two processes have left what they found."""
     folder = tmp_path_factory.mktemp("team")
     context = multiprocessing.get_context("spawn")
-    members = [context.Process(target=learn_in_a_process, args=(folder, rank)) for rank in range(2)]
+    members = [context.Process(target=learn_in_a_process, args=(folder, rank), daemon=True) for rank in range(2)]
     for member in members:
         member.start()
     for member in members:
-        member.join(120)
+        member.join(240)
     assert [member.exitcode for member in members] == [0, 0]
     return folder
 
