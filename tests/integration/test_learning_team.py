@@ -47,6 +47,7 @@ class KilledOnce:
         return partial(self.job, progress=die, checkpoint_every_s=0.0)(team=team)
 
 
+@pytest.mark.timeout(600)  # two starts of a team, niced
 def test_worker_killed_while_learning_is_replaced_and_all_end_with_the_weights_of_one(tmp_path: Path) -> None:
     job = KilledOnce(make_job(tmp_path / "together", SETTINGS), at_step=12, folder=tmp_path)
     together = learn_together(job, SETTINGS, tmp_path / "ray")
