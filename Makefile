@@ -42,7 +42,7 @@ lock: $(STAMP) ## pins anew what pyproject.toml asks for, with hashes
 	echo "uv==$$($(BIN)/uv --version | cut -d' ' -f2)" | $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header - -o deploy/bootstrap.lock
 	for accelerator in cpu gpu; do \
 	  $(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-emit-index-url --no-header \
-	    pyproject.toml --extra $$accelerator --extra train --extra redis --extra demo --extra dev \
+	    pyproject.toml --extra $$accelerator --extra train --extra trackers --extra redis --extra demo --extra dev \
 	    -o deploy/requirements-$$accelerator.lock; \
 	done
 

@@ -16,6 +16,7 @@ log = structlog.get_logger()
 
 NAMESPACE = "tailrace"
 LOOPBACK = "127.0.0.1"
+NICE = 10  # what trains gives way to what serves where they share cores
 _OBJECT_STORE_BYTES = 200 * 2**20  # nothing large goes through it here
 _ATTEMPTS = 3
 

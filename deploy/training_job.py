@@ -16,7 +16,7 @@ import structlog
 from kafka.errors import KafkaError
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from deploy.ray_cluster import NAMESPACE
+from deploy.ray_cluster import NAMESPACE, NICE
 from tailrace.errors import NothingToLearn, RoundRunning, TailraceError
 from tailrace.registry import open_registry
 from tailrace.rounds import RoundRecord
@@ -30,7 +30,7 @@ log = structlog.get_logger()
 
 ACTOR = "tailrace-training"
 _TICK_S = 1.0
-_NICE = 10  # training gives way to serving where they share cores
+_TELL_EVERY_S = 0.5
 
 Step = tuple[str, int, int]  # what is under way, done, in all
 Ended = Callable[[RoundRecord], None]
@@ -40,7 +40,7 @@ class TrainingActor:
     """Runs rounds, one at a time; says beside it how far the present one has come."""
 
     def __init__(self, settings: Settings) -> None:
-        os.nice(_NICE)
+        os.nice(NICE)
         configure_logging(settings)
         self._settings = settings
         self._step: Step = ("waiting", 0, 0)
@@ -51,7 +51,7 @@ class TrainingActor:
         from training.round import run_round
 
         try:
-            return run_round(round_parts(self._settings, self._note))
+            return run_round(round_parts(self._settings, _Teller(ray.get_runtime_context().current_actor)))
         except (NothingToLearn, RoundRunning) as error:
             return str(error)
         finally:
@@ -61,15 +61,33 @@ class TrainingActor:
         """Returns what is under way."""
         return self._step
 
-    def _note(self, what: str, done: int, total: int) -> None:
-        self._step = (what, done, total)
+    def note(self, step: Step) -> None:
+        """Keeps what is under way, which a round says from whichever process does it."""
+        self._step = step
+
+
+class _Teller:
+    """Tells the actor how far a round has come, from any process it is sent to; now and then, not to flood it."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor, self._what, self._told_at = actor, "", 0.0
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if what != self._what or now - self._told_at > _TELL_EVERY_S:
+            self._what, self._told_at = what, now
+            self._actor.note.remote((what, done, total))
 
 
 @contextmanager
 def training_actor(settings: Settings) -> Iterator[Any]:
     """Gives the actor, which ends with the block. Raises RoundRunning where this cluster has one already."""
     options = ray.remote(TrainingActor).options(
-        name=ACTOR, namespace=NAMESPACE, num_cpus=0.5, max_concurrency=2, max_restarts=-1
+        name=ACTOR,
+        namespace=NAMESPACE,
+        num_cpus=settings.training.num_cpus,
+        max_concurrency=2,
+        max_restarts=-1,
     )
     try:
         actor: Any = options.remote(settings)

@@ -1,6 +1,7 @@
 """What a training round is given: the one place that wires it. Training itself imports neither services nor Ray."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from services.scorer import Scorer
@@ -8,9 +9,11 @@ from tailrace.events import ModelAnnouncement
 from tailrace.registry import announce, open_registry
 from tailrace.rounds import open_round_log
 from tailrace.settings import Settings
+from training.fine_tune import FineTuned, Job, learn_alone
 from training.log_window import LogWindow, Window, plan_window, read_examples
 from training.rescoring import BundleScorer
 from training.round import Progress, RoundParts
+from training.trackers import require_trackers
 
 
 class KafkaLog:
@@ -43,7 +46,12 @@ def open_scorer(settings: Settings) -> Callable[[Path], BundleScorer]:
 
 
 def round_parts(settings: Settings, progress: Progress) -> RoundParts:
-    """Returns the parts of a round on Kafka. Nothing is connected yet."""
+    """Returns the parts of a round on Kafka. Nothing is connected yet.
+
+    With several workers `progress` is called in another process than this. Raises SettingsError where the package of a
+    tracker is missing: a round is not begun to find that out at its end.
+    """
+    require_trackers(settings.training)
 
     def tell_replicas(announcement: ModelAnnouncement) -> None:
         announce(settings.kafka, announcement)
@@ -55,5 +63,15 @@ def round_parts(settings: Settings, progress: Progress) -> RoundParts:
         log=KafkaLog(settings),
         open_scorer=open_scorer(settings),
         announce=tell_replicas,
+        learn=choose_learning(settings),
         progress=progress,
     )
+
+
+def choose_learning(settings: Settings) -> Callable[[Job], FineTuned]:
+    """Returns how a round learns: in its own process, or as one of several workers through Ray Train."""
+    if settings.training.workers == 1:
+        return learn_alone
+    from deploy.learning_team import learn_together  # imports Ray Train, which takes seconds
+
+    return partial(learn_together, settings=settings.training, folder=settings.path("cache") / "ray-train")

@@ -21,9 +21,16 @@ TailraceError
 └── TooLate                a deadline passed before the work was done
 """
 
+import copyreg
+from typing import Any
+
 
 class TailraceError(Exception):
-    """Anything Tailrace raises on purpose."""
+    """Anything Tailrace raises on purpose. It passes from process to process as it is."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An exception is otherwise made again from its message, where these take what the message is made of.
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 class SettingsError(TailraceError):

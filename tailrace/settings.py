@@ -185,7 +185,17 @@ class TrainingSettings(_Section, frozen=True, kw_only=True):
     precision: Annotated[Literal["auto", "bf16", "fp32"], _doc("auto: bf16 where the processor has it")] = "auto"
     device: Annotated[Literal["cpu", "cuda"], _doc("where training runs")] = "cpu"
     threads: Annotated[Positive, _doc("CPU threads of a round")] = 2
+    workers: Annotated[
+        Positive,
+        _doc("processes that learn together, above 1 through Ray Train; machines must share `data_dir`"),
+    ] = 1
+    num_cpus: Annotated[float, _doc("CPUs that a round, and each of several workers, reserves in Ray")] = 0.5
     seed: Annotated[int, _doc("of sampling, order and dropout")] = 0
+    trackers: Annotated[
+        tuple[Literal["tensorboard", "mlflow", "wandb"], ...],
+        _doc("where the figures of a round go; the last two need the extra `trackers`"),
+    ] = ("tensorboard",)
+    tracking_uri: Annotated[str, _doc("MLflow's server or database; empty: one beside the rounds")] = ""
 
 
 class GateSettings(_Section, frozen=True, kw_only=True):
@@ -258,7 +268,7 @@ def _from_environ(environ: Mapping[str, str]) -> dict[str, Any]:
             continue
         *sections, key = name.removeprefix("TAILRACE_").lower().split("__")
         try:
-            read: Any = msgspec.json.decode(value) if value.startswith("{") else value
+            read: Any = msgspec.json.decode(value) if value.startswith(("{", "[")) else value
         except msgspec.DecodeError as error:
             raise SettingsError(f"{name}: {error}") from error
         for step in (key, *reversed(sections)):
@@ -280,8 +290,8 @@ def without_secrets(settings: Settings) -> dict[str, Any]:
     found: dict[str, Any] = msgspec.to_builtins(settings)
     security = found["kafka"]["security"]
     found["kafka"]["security"] = {name: _STARS if "password" in name else value for name, value in security.items()}
-    for section in ("store", "registry"):
-        found[section]["url"] = re.sub(r"(?<=://)[^/]*(?=@)", _STARS, found[section]["url"])
+    for section, name in (("store", "url"), ("registry", "url"), ("training", "tracking_uri")):
+        found[section][name] = re.sub(r"(?<=://)[^/]*(?=@)", _STARS, found[section][name])
     return found
 
 

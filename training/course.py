@@ -5,26 +5,28 @@ Shapes: E examples, B of them in a batch, N candidates.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from tailrace.errors import TrainingDiverged
 from tailrace.settings import TrainingSettings
 from training.checkpoints import EpochRecord, Standing, load_checkpoint, save_checkpoint
-from training.dataset import Batch, Corpus, Precision
+from training.dataset import Corpus, Labels, Precision
 from training.learner import Learner
 from training.lessons import plan_batches
 from training.losses import listwise_loss, ndcg, parent_loss, pointwise_loss, rating_loss
+from training.trackers import Facts, Trackers, open_trackers
 
 BEST_KEPT = 3  # epochs whose weights are averaged
 PATIENCE = 2  # epochs without a better stop loss before the end
 CLIP_NORM = 1.0
 PLACE_RATE = 10.0  # learning rate of the position bias, in those of the head
-_WRITE_EVERY = 20  # steps between two points of a TensorBoard curve
+_WRITE_EVERY = 20  # steps between two points of a tracked curve
 
 Done = Callable[[int, int], None]  # steps done, steps in all
 
@@ -52,23 +54,28 @@ class StopSlice:
         models are given the learner's.
         """
         slates, loss, parent_loss, gained = 0, 0.0, 0.0, 0.0
-        learner.eval()
-        for chosen, batch in self._corpus.batches():
-            taught = int(((batch.gains * batch.shown).sum(1) > 0).sum())
+        everything = range(len(self._corpus))
+        found = score_corpus(learner, self._corpus, self._precision, everything)
+        for chosen in self._corpus.passes(everything):
+            labels = self._corpus.labels(chosen)
+            taught = int(((labels.gains * labels.shown).sum(1) > 0).sum())
             if not taught:
                 continue
+            logits, parents = (
+                pad_logits([of[index] for index in chosen], labels.real) for of in (found, self._parent_logits)
+            )
             with torch.no_grad():
-                logits, _ = learner(batch, self._precision)
-                parents = pad_logits([self._parent_logits[index] for index in chosen], batch.real)
-                bias = learner.place_bias(batch.shown)
+                bias = learner.place_bias(labels.shown)
                 losses = [
-                    listwise_loss(one + bias, batch.gains, batch.shown, batch.real, unshown_weight=self._unshown_weight)
+                    listwise_loss(
+                        one + bias, labels.gains, labels.shown, labels.real, unshown_weight=self._unshown_weight
+                    )
                     for one in (logits, parents)
                 ]
             slates += taught
             loss += taught * float(losses[0])
             parent_loss += taught * float(losses[1])
-            gained += float(ndcg(logits, batch.gains, batch.shown).nansum())
+            gained += float(ndcg(logits, labels.gains, labels.shown).nansum())
         return StopFigures(loss / slates, parent_loss / slates, gained / slates) if slates else None
 
 
@@ -86,11 +93,13 @@ class Course:
         precision: Precision,
         folder: Path,
         fingerprint: str,
+        facts: Facts,
     ) -> None:
-        """Goes on from `folder` where it holds a checkpoint with this fingerprint."""
+        """Goes on from `folder` where it holds a checkpoint with this fingerprint; trackers are told the facts."""
         self.learner = learner
         self._corpus, self._stop, self._replay_logits = corpus, stop, replay_logits
-        self._settings, self._precision, self._folder = settings, precision, folder
+        self._settings, self._precision, self._folder, self._facts = settings, precision, folder, facts
+        self._team = corpus.team
         self._optimizer = make_optimizer(learner, settings)
         self._parameters = {name: weight for name, weight in learner.named_parameters() if weight.requires_grad}
         found = load_checkpoint(folder, fingerprint, self._parameters, self._optimizer)
@@ -109,20 +118,20 @@ class Course:
         return len(losses) > PATIENCE and min(losses[-PATIENCE:]) >= min(losses[:-PATIENCE])
 
     def run(self, done: Done, checkpoint_every_s: float) -> None:
-        """Learns until it is over. Raises TrainingDiverged."""
+        """Learns until it is over; of a team, each calls it. Raises TrainingDiverged."""
         saved_at = time.perf_counter()
-        with SummaryWriter(str(self._folder / "tensorboard"), purge_step=self.standing.step) as writer:
+        with self._open_trackers() as trackers:
             while not self.over:
                 started = time.perf_counter()
                 self.learner.train()
                 epoch = len(self.standing.history)
                 for chosen in self._plan(epoch)[self.standing.step - epoch * self.steps_per_epoch :]:
-                    self._step(chosen, writer)
+                    self._step(chosen, trackers)
                     done(self.standing.step, self.total_steps)
                     if time.perf_counter() - saved_at > checkpoint_every_s:
                         self._save()
                         saved_at = time.perf_counter()
-                self._close_epoch(time.perf_counter() - started, writer)
+                self._close_epoch(time.perf_counter() - started, trackers)
                 self._save()
 
     def best_epochs(self) -> list[int]:
@@ -132,17 +141,20 @@ class Course:
     def _plan(self, epoch: int) -> list[list[int]]:
         return plan_batches(self._corpus.sizes, self._settings.batch, seed=self._settings.seed, epoch=epoch)
 
-    def _step(self, chosen: Sequence[int], writer: SummaryWriter) -> None:
+    def _step(self, chosen: Sequence[int], trackers: Trackers) -> None:
         settings, standing = self._settings, self.standing
-        batch = self._corpus.batch(chosen)
-        parents = pad_logits([self._replay_logits.get(index) for index in chosen], batch.real)
+        labels = self._corpus.labels(chosen)
+        parents = pad_logits([self._replay_logits.get(index) for index in chosen], labels.real)
         share = rate_share(standing.step, self.total_steps, settings.warm_up_share)
         for group in self._optimizer.param_groups:
             group["lr"] = group["peak"] * share
-        torch.manual_seed(settings.seed * 1_000_003 + standing.step)  # dropout of this step, whatever came before
-        losses = compute_losses(self.learner, batch, parents, settings, self._precision)
+        # Dropout of this step, whatever came before, and each of a team its own.
+        torch.manual_seed((settings.seed * 1_000_003 + standing.step) * self._team.size + self._team.rank)
+        scores = score_batch(self.learner, self._corpus, chosen, labels, self._precision)
+        losses = compute_losses(scores, labels, parents, settings)
         self._optimizer.zero_grad()
         losses["total"].backward()  # type: ignore[no-untyped-call]
+        self._team.add_up_gradients(self._parameters.values())
         norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), CLIP_NORM)
         figures = {name: loss.item() for name, loss in losses.items()}
         if not torch.isfinite(norm) or not torch.isfinite(losses["total"]):
@@ -150,11 +162,11 @@ class Course:
         self._optimizer.step()
         for name, figure in figures.items():
             standing.totals[name] = standing.totals.get(name, 0.0) + figure
-            if standing.step % _WRITE_EVERY == 0:
-                writer.add_scalar(f"train/{name}", figure, standing.step)
+        if standing.step % _WRITE_EVERY == 0:
+            trackers.write({f"train/{name}": figure for name, figure in figures.items()}, standing.step)
         standing.step += 1
 
-    def _close_epoch(self, took_s: float, writer: SummaryWriter) -> None:
+    def _close_epoch(self, took_s: float, trackers: Trackers) -> None:
         standing, epoch = self.standing, len(self.standing.history)
         figures = self._stop.measure(self.learner)
         standing.history.append(
@@ -169,31 +181,57 @@ class Course:
         )
         standing.totals = {}
         if figures:
-            writer.add_scalar("stop/loss", figures.loss, standing.step)
-            writer.add_scalar("stop/parent_loss", figures.parent_loss, standing.step)
-            writer.add_scalar("stop/ndcg_10", figures.ndcg_10, standing.step)
+            trackers.write({f"stop/{name}": figure for name, figure in asdict(figures).items()}, standing.step)
             standing.best = sorted([*standing.best, (figures.loss, epoch)])[:BEST_KEPT]
             self.snapshots[epoch] = self.learner.learned()
             for old in set(self.snapshots) - set(self.best_epochs()):
                 del self.snapshots[old]
 
+    def _open_trackers(self) -> AbstractContextManager[Trackers]:
+        if not self._team.leads:
+            return nullcontext(Trackers())
+        return open_trackers(self._settings, self._folder, self._facts, from_step=self.standing.step)
+
     def _save(self) -> None:
-        save_checkpoint(self._folder, self.standing, self._parameters, self._optimizer, self.snapshots)
+        if self._team.leads:
+            save_checkpoint(self._folder, self.standing, self._parameters, self._optimizer, self.snapshots)
 
 
-def compute_losses(
-    learner: Learner, batch: Batch, parents: Tensor, settings: TrainingSettings, precision: Precision
-) -> dict[str, Tensor]:
+class Scores(NamedTuple):
+    """What a learner says of a batch: click logits, ratings, and what is added to the logits for places, all [B,N]."""
+
+    logits: Tensor
+    ratings: Tensor
+    place_bias: Tensor
+
+
+def score_batch(
+    learner: Learner, corpus: Corpus, chosen: Sequence[int], labels: Labels, precision: Precision
+) -> Scores:
+    """Returns the scores of all the examples: those of the corpus's own from here, others' from the rest of the team.
+
+    Gradients flow through the own alone.
+    """
+    own_B = torch.tensor([corpus.team.owns(index) for index in chosen], device=labels.real.device)
+    said = torch.zeros(2, *labels.real.shape, device=labels.real.device)
+    if own_B.any():
+        own = torch.stack(learner(corpus.batch([index for index in chosen if corpus.team.owns(index)]), precision))
+        said[:, own_B, : own.shape[2]] = own
+    logits, ratings = corpus.team.share_scores(said)
+    bias = learner.place_bias(labels.shown)
+    return Scores(logits, ratings, torch.where(own_B.unsqueeze(1), bias, bias.detach()))
+
+
+def compute_losses(scores: Scores, labels: Labels, parents: Tensor, settings: TrainingSettings) -> dict[str, Tensor]:
     """Returns each loss of a batch, and under `total` what is minimised. `parents` are the parent's logits [B,N]."""
-    logits, ratings = learner(batch, precision)
-    as_seen = logits + learner.place_bias(batch.shown)
+    as_seen = scores.logits + scores.place_bias
     losses = {
         "listwise": listwise_loss(
-            as_seen, batch.gains, batch.shown, batch.real, unshown_weight=settings.unshown_weight
+            as_seen, labels.gains, labels.shown, labels.real, unshown_weight=settings.unshown_weight
         ),
-        "pointwise": pointwise_loss(as_seen, batch.clicked, batch.shown, batch.weights),
-        "rating": rating_loss(ratings, batch.ratings),
-        "parent": parent_loss(logits, parents, batch.real, batch.replayed),
+        "pointwise": pointwise_loss(as_seen, labels.clicked, labels.shown, labels.weights),
+        "rating": rating_loss(scores.ratings, labels.ratings),
+        "parent": parent_loss(scores.logits, parents, labels.real, labels.replayed),
     }
     losses["total"] = (
         losses["listwise"]
@@ -239,15 +277,17 @@ def make_optimizer(learner: Learner, settings: TrainingSettings) -> torch.optim.
 
 
 def score_corpus(learner: Learner, corpus: Corpus, precision: Precision, among: Sequence[int]) -> dict[int, Tensor]:
-    """Returns the click logits [N] of examples by their number, on the CPU."""
+    """Returns the click logits [N] of examples by their number, on the CPU. A team shares the work out."""
     learner.eval()
-    found: dict[int, Tensor] = {}
-    for chosen, batch in corpus.batches(among):
+    numbers, widths = list(among), corpus.widths
+    rows = {index: row for row, index in enumerate(numbers)}
+    said = torch.zeros(len(numbers), max((widths[index] for index in numbers), default=0), device=corpus.device)
+    for chosen in corpus.passes([index for index in numbers if corpus.team.owns(index)]):
         with torch.no_grad():
-            logits = learner(batch, precision)[0].cpu()
-        widths = batch.real.sum(1).tolist()
-        found |= {index: row[:width].clone() for index, row, width in zip(chosen, logits, widths, strict=True)}
-    return found
+            logits = learner(corpus.batch(chosen), precision)[0]
+        said[[rows[index] for index in chosen], : logits.shape[1]] = logits
+    found = corpus.team.add_up(said).cpu()
+    return {index: row[: widths[index]] for index, row in zip(numbers, found, strict=True)}
 
 
 def pad_logits(logits: Sequence[Tensor | None], real_BN: Tensor) -> Tensor:

@@ -8,11 +8,11 @@ states are kept, and an epoch is arithmetic on a few numbers per candidate.
 Shapes: E examples, B of them in a batch, N candidates, U user tokens, T states per item, H hidden size, F features.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from training.lessons import Lesson
 from training.model import SplitRanker
+from training.team import ALONE, Team
 
 KEPT_BYTES = 3 * 2**30  # states kept between epochs; what does not fit is computed again when its turn comes
 EXAMPLES_PER_PASS = 32  # about a thousand states: enough to keep the products busy, few enough for a core's cache
@@ -29,11 +30,12 @@ _BYTES_PER_NUMBER = 2
 
 Precision = Callable[[], AbstractContextManager[object]]
 Done = Callable[[int, int], None]  # examples read, examples in all
+Tensors = TypeVar("Tensors", "Batch", "Labels")
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """B packed impressions, padded. States are those before the first layer that learns."""
+    """What a model reads of B packed impressions, padded. States are those before the first layer that learns."""
 
     users: Tensor  # float32 [B,U,H]; none of them (U = 0) where no layer learns
     user_vectors: Tensor  # float32 [B,H]
@@ -42,16 +44,19 @@ class Batch:
     state_mask: Tensor  # int64 [B,N,T]
     features: Tensor  # float32 [B,N,F], in standard units
     real: Tensor  # bool [B,N]
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """What became of B impressions, padded alike."""
+
+    real: Tensor  # bool [B,N]
     shown: Tensor  # bool [B,N]
     gains: Tensor  # float32 [B,N]
     clicked: Tensor  # bool [B,N]
     ratings: Tensor  # float32 [B,N], NaN where not rated
     weights: Tensor  # float32 [B]
     replayed: Tensor  # bool [B]
-
-    def to(self, device: torch.device) -> "Batch":
-        """Returns the batch on a device."""
-        return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 class Reading(NamedTuple):
@@ -63,7 +68,10 @@ class Reading(NamedTuple):
 
 
 class Corpus:
-    """Examples as batches for one ranker, of which the layers below `first_layer` stay as they are."""
+    """Examples as batches for one ranker, of which the layers below `first_layer` stay as they are.
+
+    Labels are those of all; only what `team` says is this process's own has been read, and can be scored here.
+    """
 
     def __init__(
         self,
@@ -78,6 +86,7 @@ class Corpus:
         precision: Precision,
         device: torch.device,
         threads: int = 1,
+        team: Team = ALONE,
         kept_bytes: int = KEPT_BYTES,
         done: Done | None = None,
     ) -> None:
@@ -86,8 +95,9 @@ class Corpus:
         Passes run beside each other in `threads`, each on one core: two threads within a pass wait for each other at
         every product, and where another process wants a core too they wait several times as long as they work.
         """
-        self.lessons = lessons
-        self._ranker, self._first_layer, self._precision, self._device = ranker, first_layer, precision, device
+        self.lessons, self.team = lessons, team
+        self.own = [index for index in range(len(lessons)) if team.owns(index)]
+        self._ranker, self._first_layer, self._precision, self.device = ranker, first_layer, precision, device
         self._pooled_only = first_layer == len(ranker.bert.stack)
         self._shared = min(_first_difference(ranker), first_layer)
         self._pad_token = ranker.bert.shape.pad_token_id or 0
@@ -96,7 +106,10 @@ class Corpus:
         # 1. Texts as tokens, cut as they are in serving.
         self._users = _tokenize(tokenizer, [lesson.example.user_text for lesson in lessons], max_user_tokens)
         distinct: dict[str, int] = {}
-        self._rows = [[distinct.setdefault(text, len(distinct)) for text in one.example.texts] for one in lessons]
+        self._rows = {
+            index: [distinct.setdefault(text, len(distinct)) for text in lessons[index].example.texts]
+            for index in self.own
+        }
         with ThreadPoolExecutor(threads) as pool:
             # 2. Every distinct item text, below the split.
             self._table, self._table_mask = self._read_items(
@@ -104,9 +117,9 @@ class Corpus:
             )
             # 3. What is above the split and does not learn, until the room is used up. Examples of like length go
             #    together, always the same ones: noise of padding is then the same after a restart.
-            order = np.lexsort((self.widths, self.lengths))
-            fits = np.cumsum([self._size(index) for index in order]) <= kept_bytes
-            chunks = _chunks(order[fits].tolist())
+            order = [index for index in np.lexsort((self.widths, self.lengths)).tolist() if index in self._rows]
+            sizes = np.cumsum([self._size(index) for index in order])
+            chunks = _chunks(order[: int(np.searchsorted(sizes, kept_bytes, side="right"))])
             self._kept: dict[int, Reading] = {}
             for chunk, readings in zip(chunks, pool.map(self._read, chunks), strict=True):
                 self._kept |= dict(zip(chunk, readings, strict=True))
@@ -129,24 +142,18 @@ class Corpus:
     @property
     def widths(self) -> list[int]:
         """Candidates of each example."""
-        return [len(rows) for rows in self._rows]
+        return [len(lesson.example.texts) for lesson in self.lessons]
 
-    def batches(self, among: Sequence[int] | None = None) -> Iterator[tuple[list[int], Batch]]:
-        """Yields all examples, or some, in batches of like length, with their numbers."""
-        order = np.lexsort((self.lengths, self.widths)).tolist()
-        if among is not None:
-            wanted = set(among)
-            order = [index for index in order if index in wanted]
-        for chosen in _chunks(order):
-            yield chosen, self.batch(chosen)
+    def passes(self, among: Collection[int]) -> list[list[int]]:
+        """Returns these examples in batches of like length, as many in each as are best read in one pass."""
+        wanted = set(among)
+        return _chunks([index for index in np.lexsort((self.lengths, self.widths)).tolist() if index in wanted])
 
     def batch(self, chosen: Sequence[int]) -> Batch:
-        """Returns these examples as one batch, on the device."""
+        """Returns what the model reads of these examples, which must be its own, on the device."""
         missing = [index for index in chosen if index not in self._kept]
         fresh = dict(zip(missing, self._read(missing), strict=True)) if missing else {}
         held = [self._kept[index] if index in self._kept else fresh[index] for index in chosen]
-        lessons = [self.lessons[index] for index in chosen]
-        examples = [lesson.example for lesson in lessons]
         rows, real = self._pad_rows(chosen)
         if self._first_layer == self._ranker.split_layer and not self._pooled_only:
             states, state_mask = self._table[rows].float(), self._table_mask[rows] * real.unsqueeze(-1)
@@ -155,23 +162,39 @@ class Corpus:
             state_mask = real.unsqueeze(-1).long() if self._pooled_only else self._table_mask[rows] * real.unsqueeze(-1)
         users = [one.users for one in held]
         lengths = torch.tensor([len(states) for states in users])
-        standard = [((one.features_NF - self._mean) / self._std).astype(np.float32) for one in examples]
-        width = real.shape[1]
-        return Batch(
-            user_vectors=torch.stack([one.vector for one in held]),
-            users=torch.nn.utils.rnn.pad_sequence(users, batch_first=True).float(),
-            user_mask=(torch.arange(int(lengths.max())) < lengths.unsqueeze(1)).long(),
-            states=states,
-            state_mask=state_mask,
-            features=torch.nn.utils.rnn.pad_sequence([torch.from_numpy(one) for one in standard], batch_first=True),
-            real=real,
-            shown=torch.arange(width) < torch.tensor([one.num_shown for one in examples]).unsqueeze(1),
-            gains=_pad([one.gains_N for one in examples], 0.0),
-            clicked=_pad([one.clicked_N for one in examples], False),
-            ratings=_pad([one.ratings_N for one in examples], float("nan")),
-            weights=torch.tensor([lesson.weight for lesson in lessons]),
-            replayed=torch.tensor([lesson.replayed for lesson in lessons]),
-        ).to(self._device)
+        features = [(self.lessons[index].example.features_NF - self._mean) / self._std for index in chosen]
+        return self._place(
+            Batch(
+                user_vectors=torch.stack([one.vector for one in held]),
+                users=torch.nn.utils.rnn.pad_sequence(users, batch_first=True).float(),
+                user_mask=(torch.arange(int(lengths.max())) < lengths.unsqueeze(1)).long(),
+                states=states,
+                state_mask=state_mask,
+                features=_pad([one.astype(np.float32) for one in features], 0.0),
+                real=real,
+            )
+        )
+
+    def labels(self, chosen: Sequence[int]) -> Labels:
+        """Returns what became of these examples, on the device."""
+        lessons = [self.lessons[index] for index in chosen]
+        examples = [lesson.example for lesson in lessons]
+        gains = _pad([one.gains_N for one in examples], 0.0)
+        places = torch.arange(gains.shape[1])
+        return self._place(
+            Labels(
+                real=places < torch.tensor([len(one.gains_N) for one in examples]).unsqueeze(1),
+                shown=places < torch.tensor([one.num_shown for one in examples]).unsqueeze(1),
+                gains=gains,
+                clicked=_pad([one.clicked_N for one in examples], False),
+                ratings=_pad([one.ratings_N for one in examples], float("nan")),
+                weights=torch.tensor([lesson.weight for lesson in lessons]),
+                replayed=torch.tensor([lesson.replayed for lesson in lessons]),
+            )
+        )
+
+    def _place(self, tensors: Tensors) -> Tensors:
+        return type(tensors)(*(getattr(tensors, field.name).to(self.device) for field in fields(tensors)))
 
     def _read_items(self, tokens: list[list[int]], pool: Executor) -> tuple[Tensor, Tensor]:
         """Returns float16 states [M,T,H] of items after layer k and their mask [M,T]."""
@@ -200,8 +223,8 @@ class Corpus:
         ranker = self._ranker
         tokens, user_mask = self._pad_tokens([self._users[index] for index in chosen])
         rows, real = self._pad_rows(chosen)
-        states = self._table[rows].to(self._device, torch.float32)
-        state_mask = (self._table_mask[rows] * real.unsqueeze(-1)).to(self._device)
+        states = self._table[rows].to(self.device, torch.float32)
+        state_mask = (self._table_mask[rows] * real.unsqueeze(-1)).to(self.device)
         if self._first_layer == ranker.split_layer and not self._pooled_only:
             states, state_mask = states[:, :0], state_mask[:, :0]
         with torch.no_grad(), self._precision():
@@ -241,7 +264,7 @@ class Corpus:
             [torch.tensor(one) for one in tokens], batch_first=True, padding_value=self._pad_token
         )
         mask = (torch.arange(padded.shape[1]) < lengths.unsqueeze(1)).long()
-        return padded.to(self._device), mask.to(self._device)
+        return padded.to(self.device), mask.to(self.device)
 
 
 def _first_difference(ranker: SplitRanker) -> int:

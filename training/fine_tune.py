@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 import numpy as np
@@ -36,6 +37,8 @@ from training.learner import (
 )
 from training.lessons import Lesson, choose_lessons
 from training.model import SplitRanker
+from training.team import ALONE, Team
+from training.trackers import Facts
 
 MOST_PLACES = 50  # places of a slate with a bias of their own; further ones share the last
 LEVEL_LESSONS = 1000  # enough to find the level of the logits
@@ -64,6 +67,18 @@ class FineTuned:
     resumed: bool
 
 
+class Job(Protocol):
+    """A fine-tune that has been given everything but who takes part in it."""
+
+    def __call__(self, *, team: Team) -> FineTuned:
+        """Returns what the team has found."""
+
+
+def learn_alone(job: Job) -> FineTuned:
+    """Returns what this process comes to by itself."""
+    return job(team=ALONE)
+
+
 def fine_tune(
     ranker: SplitRanker,
     tokenizer: Tokenizer,
@@ -76,17 +91,20 @@ def fine_tune(
     max_item_tokens: int,
     folder: Path,
     position_bias: bool = True,
+    facts: Facts | None = None,
+    team: Team = ALONE,
     progress: Progress | None = None,
     checkpoint_every_s: float = 20.0,
 ) -> FineTuned:
     """Returns a ranker that learned from `train` and `replay`, or the parent where it is no better on `stop`.
 
-    `ranker` itself is left alone. Checkpoints and TensorBoard files go to `folder`; a call with the same arguments
-    after a kill goes on from there, to the same weights. Raises TrainingDiverged where the loss is no number any
-    more, ValueError where there is nothing to learn from.
+    `ranker` itself is left alone. Checkpoints go to `folder`; a call with the same arguments after a kill goes on from
+    there, to the same weights. Curves go to the trackers of the settings, beside `facts` of the run. Of a `team` each
+    calls this with the same arguments, sees the same folder and gets the same weights. Raises TrainingDiverged where
+    the loss is no number any more, ValueError where there is nothing to learn from.
     """
     started = time.perf_counter()
-    announce = progress or (lambda step, done, total: None)
+    announce = progress if progress and team.leads else (lambda step, done, total: None)
     device = torch.device(settings.device)
     precision_name, precision = choose_precision(settings)
     with _torch_for(settings):
@@ -114,6 +132,7 @@ def fine_tune(
             precision=precision,
             device=device,
             threads=settings.threads,
+            team=team,
             done=partial(announce, "read"),
         )
         corpus = read(lessons)
@@ -141,6 +160,7 @@ def fine_tune(
             precision=precision,
             folder=folder,
             fingerprint=_fingerprint(ranker, lessons, stop, settings, max_user_tokens, max_item_tokens, places),
+            facts=facts or {},
         )
         if course.learner.layers:  # the head alone is too little work to share
             torch.set_num_threads(settings.threads)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Protocol, get_args
 
@@ -27,13 +28,14 @@ from tailrace.settings import Settings, TrainingSettings
 from training.contest import Contest, compare
 from training.examples import Example, JoinCounts
 from training.export import ExportReport, export_bundle, load_ranker
-from training.fine_tune import FineTuned, fine_tune
+from training.fine_tune import FineTuned, Job, fine_tune, learn_alone
 from training.gate import Guardrails, Verdict, decide
 from training.graphs import Precision
 from training.log_window import LogWindow, Window
 from training.record import TrainingRecord, load_record, save_record
 from training.report import RoundFacts, write_report
 from training.rescoring import BundleScorer
+from training.trackers import Facts, open_trackers
 
 log = structlog.get_logger()
 
@@ -87,6 +89,7 @@ class RoundParts:
     log: FeedbackLog
     open_scorer: Callable[[Path], BundleScorer]
     announce: Callable[[ModelAnnouncement], None]
+    learn: Callable[[Job], FineTuned] = learn_alone
     now: Callable[[], datetime] = lambda: datetime.now(UTC)
     progress: Progress = lambda step, done, total: None
     on_step: Callable[[str], None] = lambda step: None
@@ -138,17 +141,21 @@ def run_round(parts: RoundParts) -> RoundRecord:
             with _timed(this, parts, "learn"):
                 # 3. Learn, from the serving weights.
                 ranker, tokenizer, card = load_ranker(champion_folder)
-                this.tuned = fine_tune(
-                    ranker,
-                    tokenizer,
-                    this.split.train,
-                    this.split.stop,
-                    window.replay,
-                    training,
-                    max_user_tokens=card.max_user_tokens,
-                    max_item_tokens=card.max_item_tokens,
-                    folder=this.folder,
-                    progress=parts.progress,
+                this.tuned = parts.learn(
+                    partial(
+                        fine_tune,
+                        ranker,
+                        tokenizer,
+                        this.split.train,
+                        this.split.stop,
+                        window.replay,
+                        training,
+                        max_user_tokens=card.max_user_tokens,
+                        max_item_tokens=card.max_item_tokens,
+                        folder=this.folder,
+                        facts=_facts(plan),
+                        progress=parts.progress,
+                    )
                 )
             if not this.tuned.better:
                 return _end(this, parts, "rejected", f"nothing was learned: {this.tuned.reason}")
@@ -294,8 +301,23 @@ def _end(this: Round, parts: RoundParts, outcome: Outcome, reason: str) -> Round
     shutil.rmtree(this.folder / "bundle", ignore_errors=True)
     for checkpoint in this.folder.glob("*.safetensors"):
         checkpoint.unlink()
+    _conclude(this, record, parts.settings.training)
     log.info("round ended", version=record.version, outcome=outcome, reason=reason, took_s=this.took_s)
     return record
+
+
+def _facts(plan: Plan) -> Facts:
+    window = plan.window
+    return {"parent": plan.parent, "since_ms": window.since_ms, "cutoff_ms": window.cutoff_ms}
+
+
+def _conclude(this: Round, record: RoundRecord, training: TrainingSettings) -> None:
+    """Tells the trackers what became of the round: outcome, the gate's figures, both models' metrics, the report."""
+    checks = [] if this.verdict is None else this.verdict.checks
+    figures = {f"gate/{check.name}": check.figure for check in checks}
+    figures |= {f"metrics/{name}": figure for name, figure in record.metrics.items()}
+    with open_trackers(training, this.folder, _facts(this.plan)) as trackers:
+        trackers.conclude(f"{record.outcome}: {record.reason}", figures, Path(record.report) if record.report else None)
 
 
 def _report(this: Round) -> str:

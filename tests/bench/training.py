@@ -25,7 +25,7 @@ from tailrace.settings import TrainingSettings
 from tests.bench.ranker import ITEM_TEXT, ITEM_TOKENS, USER_TEXT, USER_TOKENS, Pairwise
 from tests.bench.report import Row
 from training.bert import PACKAGED, load_base
-from training.course import compute_losses, make_optimizer
+from training.course import compute_losses, make_optimizer, score_batch
 from training.dataset import Corpus, Precision
 from training.examples import Example
 from training.learner import Learner
@@ -135,8 +135,10 @@ def _packed_epochs(examples: Sequence[Example], layers: int, precision: Precisio
         learner.train()
         order = np.argsort(corpus.sizes, kind="stable").tolist()
         for start in [*range(0, len(order), BATCH)] * EPOCHS:
-            batch = corpus.batch(order[start : start + BATCH])
-            losses = compute_losses(learner, batch, torch.zeros(batch.real.shape), settings, precision)
+            chosen = order[start : start + BATCH]
+            labels = corpus.labels(chosen)
+            scores = score_batch(learner, corpus, chosen, labels, precision)
+            losses = compute_losses(scores, labels, torch.zeros(labels.real.shape), settings)
             optimizer.zero_grad()
             losses["total"].backward()  # type: ignore[no-untyped-call]
             optimizer.step()

@@ -19,7 +19,7 @@ from tailrace.ids import ItemId, ModelVersion, RequestId, UserId
 from tailrace.settings import TrainingSettings
 from tests.unit.conftest import FEATURE_NAMES, PRIOR
 from training.bert import PACKAGED, Bert, BertShape, load_base
-from training.course import compute_losses
+from training.course import compute_losses, score_batch
 from training.dataset import Batch, Corpus
 from training.examples import Example
 from training.fine_tune import FineTuned, fine_tune
@@ -417,8 +417,7 @@ def test_packed_impressions_give_the_gradients_of_single_candidates() -> None:
             single = Batch(
                 one.users, one.user_vectors, one.user_mask,
                 one.states[:, [item]], one.state_mask[:, [item]], one.features[:, [item]],
-                *(getattr(one, name)[:, [item]] for name in ("real", "shown", "gains", "clicked", "ratings")),
-                one.weights, one.replayed,
+                one.real[:, [item]],
             )  # fmt: skip
             logit = learner(single)[0]
             logit.sin().sum().backward()
@@ -568,7 +567,8 @@ def test_losses_add_up_to_what_is_minimised() -> None:
     settings = change(pointwise_weight=0.5, rating_weight=0.25, kl_weight=2.0)
     ranker = small_ranker()
     corpus = read(ranker, make_examples(6, by_cosine, rated=True), 3)
-    batch = corpus.batch(range(6))
-    losses = compute_losses(Learner(ranker, 3, num_positions=3), batch, torch.zeros(6, 8), settings, nullcontext)
+    labels = corpus.labels(range(6))
+    scores = score_batch(Learner(ranker, 3, num_positions=3), corpus, range(6), labels, nullcontext)
+    losses = compute_losses(scores, labels, torch.zeros(6, 8), settings)
     parts = losses["listwise"] + 0.5 * losses["pointwise"] + 0.25 * losses["rating"] + 2.0 * losses["parent"]
     torch.testing.assert_close(losses["total"], parts)

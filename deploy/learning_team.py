@@ -1,0 +1,63 @@
+"""Learning in several processes, through Ray Train: who is started, what each is given, and what comes back."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import ray
+from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2.torch.torch_trainer import TorchTrainer
+
+from deploy.ray_cluster import NICE
+from tailrace.errors import TailraceError
+from tailrace.settings import TrainingSettings
+from training.fine_tune import FineTuned, Job
+from training.team import join_team
+
+_RETRIES = 3  # a worker that dies, or finds no room to start, is started again so often
+
+
+def learn_together(job: Job, settings: TrainingSettings, folder: Path) -> FineTuned:
+    """Returns what `settings.workers` processes come to, each of which does the job as one of a team.
+
+    Where one dies all begin again, from the job's last checkpoint. Ray Train keeps its own books in `folder`, which is
+    removed at the end. Raises what the job raises.
+    """
+    trainer = TorchTrainer(
+        _do_share,
+        train_loop_config={"job": ray.put(job)},
+        scaling_config=ScalingConfig(
+            num_workers=settings.workers,
+            use_gpu=settings.device == "cuda",
+            resources_per_worker={"CPU": settings.num_cpus},
+            placement_strategy="SPREAD",
+        ),
+        run_config=RunConfig(
+            name=uuid4().hex,  # a name used before would train nothing: checkpoints are the job's business
+            storage_path=str(folder),
+            failure_config=FailureConfig(max_failures=_RETRIES, controller_failure_limit=_RETRIES),
+        ),
+    )
+    try:
+        result: Any = trainer.fit()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    found: FineTuned | Exception = result.return_value
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def _do_share(given: dict[str, Any]) -> FineTuned | Exception | None:
+    """Runs in each worker; the first returns what all have found."""
+    os.nice(NICE)
+    team = join_team()
+    job: Job = ray.get(given["job"])
+    found: FineTuned | Exception
+    try:
+        found = job(team=team)
+    except (TailraceError, ValueError) as error:  # everyone's, and the same if tried again
+        found = error
+    return found if team.leads else None
