@@ -66,6 +66,12 @@ def decode_manifest(version: ModelVersion, data: bytes) -> Manifest:
     return manifest
 
 
+def sum_files(folder: Path) -> dict[str, FileEntry]:
+    """Returns the size and SHA-256 sum of every file in `folder`, by its name there."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): FileEntry(_sha256(path), path.stat().st_size) for path in paths}
+
+
 def verify_files(folder: Path, manifest: Manifest) -> None:
     """Checks the size and SHA-256 sum of every file in `folder`. Raises BundleError naming the first that is wrong."""
     for name, entry in manifest.files.items():
@@ -74,6 +80,10 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
             raise BundleError(f"bundle {manifest.version}: {name} is missing")
         if (size := path.stat().st_size) != entry.bytes:
             raise BundleError(f"bundle {manifest.version}: {name} has {size} bytes, published with {entry.bytes}")
-        with path.open("rb") as reader:
-            if hashlib.file_digest(reader, "sha256").hexdigest() != entry.sha256:
-                raise BundleError(f"bundle {manifest.version}: {name} does not have the sum it was published with")
+        if _sha256(path) != entry.sha256:
+            raise BundleError(f"bundle {manifest.version}: {name} does not have the sum it was published with")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as reader:
+        return hashlib.file_digest(reader, "sha256").hexdigest()

@@ -30,6 +30,7 @@ from training.export import ExportReport, export_bundle, load_ranker
 from training.fine_tune import FineTuned, fine_tune
 from training.gate import Guardrails, Verdict, decide
 from training.graphs import Precision
+from training.kinship import require_kinship
 from training.log_window import LogWindow, Window
 from training.record import TrainingRecord, load_record, save_record
 from training.report import RoundFacts, write_report
@@ -87,6 +88,7 @@ class RoundParts:
     log: FeedbackLog
     open_scorer: Callable[[Path], BundleScorer]
     announce: Callable[[ModelAnnouncement], None]
+    learn: Callable[..., FineTuned] = fine_tune
     now: Callable[[], datetime] = lambda: datetime.now(UTC)
     progress: Progress = lambda step, done, total: None
     on_step: Callable[[str], None] = lambda step: None
@@ -138,7 +140,7 @@ def run_round(parts: RoundParts) -> RoundRecord:
             with _timed(this, parts, "learn"):
                 # 3. Learn, from the serving weights.
                 ranker, tokenizer, card = load_ranker(champion_folder)
-                this.tuned = fine_tune(
+                this.tuned = parts.learn(
                     ranker,
                     tokenizer,
                     this.split.train,
@@ -154,7 +156,7 @@ def run_round(parts: RoundParts) -> RoundRecord:
                 return _end(this, parts, "rejected", f"nothing was learned: {this.tuned.reason}")
             bundle = this.folder / "bundle"
             with _timed(this, parts, "export"):
-                # 4. Export and quantize, and prove that what was written says what was learned.
+                # 4. Export and quantize, and prove that what was written says what was learned, of the same texts.
                 shutil.rmtree(bundle, ignore_errors=True)
                 try:
                     this.exported = export_bundle(
@@ -168,8 +170,9 @@ def run_round(parts: RoundParts) -> RoundRecord:
                         precisions=[one for one in get_args(Precision) if one in card.precisions],
                         progress=parts.progress,
                     )
+                    require_kinship(champion_folder, bundle)
                 except ParityError as error:
-                    return _end(this, parts, "rejected", f"the export strays from what was learned: {error}")
+                    return _end(this, parts, "rejected", f"the export strays: {error}")
             with _timed(this, parts, "evaluate"):
                 # 5. Both, as they would serve, on the newest impressions, which neither has learned from.
                 this.contest = compare(
@@ -194,7 +197,9 @@ def run_round(parts: RoundParts) -> RoundRecord:
                 save_record(_record(this), bundle)
                 figures = {name: found.mean for name, found in this.contest.challenger.figures.items()}
                 if plan.version not in parts.registry.versions():  # a round killed after this step has published it
-                    parts.registry.publish(bundle, version=plan.version, parent=plan.parent, metrics=figures)
+                    parts.registry.publish(
+                        bundle, version=plan.version, parent=plan.parent, metrics=figures, judged=this.exported.files
+                    )
             with _timed(this, parts, "promote"):
                 # 8. To a share of the users first, or to all; the pointer must be where it was when the round began.
                 share = settings.gate.canary_share
