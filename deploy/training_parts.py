@@ -3,7 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import structlog
+
 from services.scorer import Scorer
+from tailrace.errors import BrokerUnavailable
 from tailrace.events import ModelAnnouncement
 from tailrace.registry import announce, open_registry
 from tailrace.rounds import open_round_log
@@ -11,6 +14,8 @@ from tailrace.settings import Settings
 from training.log_window import LogWindow, Window, plan_window, read_examples
 from training.rescoring import BundleScorer
 from training.round import Progress, RoundParts
+
+log = structlog.get_logger()
 
 
 class KafkaLog:
@@ -46,7 +51,11 @@ def round_parts(settings: Settings, progress: Progress) -> RoundParts:
     """Returns the parts of a round on Kafka. Nothing is connected yet."""
 
     def tell_replicas(announcement: ModelAnnouncement) -> None:
-        announce(settings.kafka, announcement)
+        try:
+            announce(settings.kafka, announcement)
+        except BrokerUnavailable as error:
+            # The pointer has moved, and the round has not failed: replicas find out by themselves, only later.
+            log.warning("replicas could not be told that the pointer has moved", error=str(error))
 
     return RoundParts(
         settings=settings,
