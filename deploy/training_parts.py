@@ -4,7 +4,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import structlog
+
 from services.scorer import Scorer
+from tailrace.errors import BrokerUnavailable
 from tailrace.events import ModelAnnouncement
 from tailrace.registry import announce, open_registry
 from tailrace.rounds import open_round_log
@@ -14,6 +17,8 @@ from training.log_window import LogWindow, Window, plan_window, read_examples
 from training.rescoring import BundleScorer
 from training.round import Progress, RoundParts
 from training.trackers import require_trackers
+
+log = structlog.get_logger()
 
 
 class KafkaLog:
@@ -54,7 +59,11 @@ def round_parts(settings: Settings, progress: Progress) -> RoundParts:
     require_trackers(settings.training)
 
     def tell_replicas(announcement: ModelAnnouncement) -> None:
-        announce(settings.kafka, announcement)
+        try:
+            announce(settings.kafka, announcement)
+        except BrokerUnavailable as error:
+            # The pointer has moved, and the round has not failed: replicas find out by themselves, only later.
+            log.warning("replicas could not be told that the pointer has moved", error=str(error))
 
     return RoundParts(
         settings=settings,

@@ -71,6 +71,12 @@ def decode_manifest(version: ModelVersion, data: bytes) -> Manifest:
     return manifest
 
 
+def sum_files(folder: Path) -> dict[str, FileEntry]:
+    """Returns the size and SHA-256 sum of every file in `folder`, by its name there."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): FileEntry(hash_file(path), path.stat().st_size) for path in paths}
+
+
 class Bundle(Protocol):
     """A bundle that is being opened, file by file: what is not asked for is neither fetched nor read."""
 

@@ -22,7 +22,7 @@ import msgspec
 from kafka.errors import KafkaError
 
 from tailrace import pointer as moves
-from tailrace.bundle import MANIFEST, Manifest, PublishedBundle, decode_manifest, read_card
+from tailrace.bundle import MANIFEST, FileEntry, Manifest, PublishedBundle, decode_manifest, read_card
 from tailrace.errors import BrokerUnavailable, BundleError
 from tailrace.events import ModelAnnouncement, encode
 from tailrace.ids import ModelVersion
@@ -64,11 +64,13 @@ class Registry:
         version: ModelVersion,
         parent: ModelVersion | None = None,
         metrics: Mapping[str, float] | None = None,
+        judged: Mapping[str, FileEntry] | None = None,
     ) -> Manifest:
         """Returns the manifest of the bundle now published from the files of `directory`.
 
-        Raises BundleError when the version exists or `directory` holds no usable model.json. Dying half-way leaves a
-        folder without a manifest, which is no bundle; publishing the version again clears it first.
+        Raises BundleError when the version exists, `directory` holds no usable model.json, or a file is not as it was
+        when it was `judged`. Dying half-way leaves a folder without a manifest, which is no bundle; publishing the
+        version again clears it first.
         """
         # 1. Refuse what must not be published.
         _check_version(version)
@@ -81,6 +83,9 @@ class Registry:
         sources = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
         sources.pop(MANIFEST, None)
         files = {name: self._files.upload(sources[name], "bundles", version, name) for name in sorted(sources)}
+        for name, entry in (judged or {}).items():
+            if files.get(name) != entry:
+                raise BundleError(f"version {version}: {name} is not what was judged, so it is not published")
         # 4. Write the manifest: from here on the bundle exists.
         manifest = Manifest(
             version=version,

@@ -203,6 +203,9 @@ class GateSettings(_Section, frozen=True, kw_only=True):
 
     margin: Annotated[float, _doc("NDCG@10 a challenger may lose to the champion on the newest impressions")] = 0.005
     confidence: Annotated[Share, _doc("confidence with which it must not lose more")] = 0.95
+    max_found_loss: Annotated[
+        float, _doc("NDCG@10 by which it may be found worse at all: what rounds lose within the margin adds up")
+    ] = 0.0
     bootstrap: Annotated[Positive, _doc("resamples behind each interval")] = 1000
     min_spread: Annotated[float, _doc("least standard deviation of scores within a slate")] = 1e-3
     max_popular_shift: Annotated[

@@ -5,6 +5,12 @@ items of a slate, so a challenger gets no credit for what it alone would have sh
 Coverage, novelty and diversity need no labels: they look at who would stand first among all logged candidates, the
 shown and the sample of those not shown. Slates are short, hence figures at 3 beside those at 10.
 
+What the gate compares is over all logged candidates too, and those not shown count as not clicked. Among the shown
+alone, all of which the champion thinks well of, the champion's knowledge tells nothing and its mistakes are many: an
+equal model would look better, and one that has forgotten all that the champion knows no worse. A challenger has to
+win by more than what it would put in place of items that are known (pessimism in the face of what the log does not
+hold: Jin, Yang and Wang 2021, "Is pessimism provably efficient for offline RL?").
+
 Shapes: E examples, S items of the longest slate, N candidates, M columns, R resamples, B bins, k first places.
 """
 
@@ -57,7 +63,8 @@ class Evaluation:
     """One model on one set of examples.
 
     `ranked` slates have a gain and more than one item, and only they tell about ranks. `judged_E` is what the gate
-    compares: NDCG@10 by example, the position bias taken out where it is known, NaN where a slate cannot tell.
+    compares: NDCG@10 by example among all logged candidates, the position bias taken out where it is known, NaN where
+    a slate cannot tell. `readers_E` numbers the readers: slates of one hang together.
     """
 
     examples: int
@@ -70,10 +77,11 @@ class Evaluation:
     sanity: Sanity
     unbiased: bool
     judged_E: Reals
+    readers_E: NDArray[np.int64]
 
     def plain(self) -> dict[str, object]:
         """Returns everything but the values by example, ready for JSON; what is not a number becomes null."""
-        found = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "judged_E"}
+        found = {name: getattr(self, name) for name in self.__dataclass_fields__ if not name.endswith("_E")}
         return msgspec.convert(msgspec.json.decode(msgspec.json.encode(found)), dict[str, object])
 
 
@@ -92,8 +100,9 @@ def evaluate(
 
     `popularity` is of the training window. `items` give the vectors for diversity: take the same for every model that
     is compared. `platt` was fitted on earlier examples (`calibration.fit_platt`); without it the score itself is taken
-    for the logit of a click. `examination_K` (`examination.fit_examination`) adds NDCG with the position bias taken
-    out. Champion and challenger evaluated with one seed share their resamples. Raises ValueError without examples.
+    for the logit of a click. `examination_K` (`examination.fit_examination`) takes the position bias out of what the
+    gate compares. Champion and challenger evaluated with one seed share their resamples. Raises ValueError without
+    examples.
     """
     if not examples or len(examples) != len(scores):
         raise ValueError(f"{len(scores)} score arrays for {len(examples)} examples")
@@ -104,10 +113,11 @@ def evaluate(
         [one.clicked_N[: one.num_shown] for one in examples],
     )
     logits_ES = platt.logits(slates.scores_ES)
-    judged_E = ndcgs(slates, TOP)
     ratios = _label_ratios(slates, logits_ES)
+    whole = line_up(scores, [one.gains_N for one in examples], [one.clicked_N for one in examples])
+    judged_E = ndcgs(whole, TOP)
     if examination_K is not None:
-        judged_E = unbiased_ndcgs(slates, examination_K, TOP)
+        judged_E = unbiased_ndcgs(whole, examination_K, TOP)
         ratios["ndcg_10_unbiased"] = _mean(judged_E)
     # 2. Who would stand first, which needs no labels.
     first = stand_first(examples, scores, SHORT, seed)
@@ -145,6 +155,7 @@ def evaluate(
         sanity=check_sanity(scores, first, popularity),
         unbiased=examination_K is not None,
         judged_E=judged_E,
+        readers_E=np.unique([one.user_id for one in examples], return_inverse=True)[1].astype(np.int64),
     )
 
 

@@ -4,6 +4,9 @@ Logged clicks favour whoever made the slate: what stood high was seen more. Expl
 lot, whatever their worth, so their clicks by position show the seeing alone (Joachims, Swaminathan and Schnabel 2017,
 whose power law this takes). Dividing gains by it lets a challenger with another order be judged fairly.
 
+Only those count that the slate would not have held anyway. The pool is the next best after what is placed: the second
+best of all can be drawn for the first place and never for the last, and the first would seem more seen than it is.
+
 Shapes: K positions, N candidates.
 """
 
@@ -32,7 +35,9 @@ def fit_examination(examples: Sequence[Example], num_positions: int) -> Reals:
     clicks = np.zeros(num_positions)
     for example in examples:
         count = min(example.num_shown, num_positions)
-        explored = example.propensities_N[:count] < _EXPLORED_BELOW
+        by_lot = example.propensities_N[:count] < _EXPLORED_BELOW
+        scores = example.scores_N[:count]
+        explored = by_lot & (scores <= scores[~by_lot].min(initial=np.inf))
         shown[:count] += explored
         clicks[:count] += explored & example.clicked_N[:count]
     # Poisson clicks with the rate of the first place profiled out: what remains is multinomial over the places.

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
+from tailrace.bundle import FileEntry, sum_files
 from tailrace.errors import BundleError
 from tailrace.features import hash_features
 from tailrace.ids import ModelVersion
@@ -43,8 +44,13 @@ class ExportReport:
 
     card: RankerCard
     parity: ParityReport
-    size_bytes: int
+    files: Mapping[str, FileEntry]
     took_s: float
+
+    @property
+    def size_bytes(self) -> int:
+        """The size of the bundle."""
+        return sum(entry.bytes for entry in self.files.values())
 
 
 def build_version_zero(
@@ -138,8 +144,7 @@ def export_bundle(
     (directory / PARITY_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(parity), indent=2))
     require_parity(parity)
     announce("done", total, total)
-    size_bytes = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
-    return ExportReport(card, parity, size_bytes, time.perf_counter() - started)
+    return ExportReport(card, parity, sum_files(directory), time.perf_counter() - started)
 
 
 def describe(

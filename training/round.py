@@ -31,6 +31,7 @@ from training.export import ExportReport, export_bundle, load_ranker
 from training.fine_tune import FineTuned, Job, fine_tune, learn_alone
 from training.gate import Guardrails, Verdict, decide
 from training.graphs import Precision
+from training.kinship import require_kinship
 from training.log_window import LogWindow, Window
 from training.record import TrainingRecord, load_record, save_record
 from training.report import RoundFacts, write_report
@@ -161,7 +162,7 @@ def run_round(parts: RoundParts) -> RoundRecord:
                 return _end(this, parts, "rejected", f"nothing was learned: {this.tuned.reason}")
             bundle = this.folder / "bundle"
             with _timed(this, parts, "export"):
-                # 4. Export and quantize, and prove that what was written says what was learned.
+                # 4. Export and quantize, and prove that what was written says what was learned, of the same texts.
                 shutil.rmtree(bundle, ignore_errors=True)
                 try:
                     this.exported = export_bundle(
@@ -175,8 +176,9 @@ def run_round(parts: RoundParts) -> RoundRecord:
                         precisions=[one for one in get_args(Precision) if one in card.precisions],
                         progress=parts.progress,
                     )
+                    require_kinship(champion_folder, bundle)
                 except ParityError as error:
-                    return _end(this, parts, "rejected", f"the export strays from what was learned: {error}")
+                    return _end(this, parts, "rejected", f"the export strays: {error}")
             with _timed(this, parts, "evaluate"):
                 # 5. Both, as they would serve, on the newest impressions, which neither has learned from.
                 this.contest = compare(
@@ -201,7 +203,9 @@ def run_round(parts: RoundParts) -> RoundRecord:
                 save_record(_record(this), bundle)
                 figures = {name: found.mean for name, found in this.contest.challenger.figures.items()}
                 if plan.version not in parts.registry.versions():  # a round killed after this step has published it
-                    parts.registry.publish(bundle, version=plan.version, parent=plan.parent, metrics=figures)
+                    parts.registry.publish(
+                        bundle, version=plan.version, parent=plan.parent, metrics=figures, judged=this.exported.files
+                    )
             with _timed(this, parts, "promote"):
                 # 8. To a share of the users first, or to all; the pointer must be where it was when the round began.
                 share = settings.gate.canary_share

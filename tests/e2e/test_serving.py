@@ -2,11 +2,15 @@
 
 import asyncio
 import os
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import httpx
+import pytest
 
 from tailrace.ids import ModelVersion
 from tailrace.registry import announce
@@ -177,6 +181,45 @@ def test_killed_ranker_fails_no_request_and_comes_back(scene: Scene) -> None:
         timeout_s=60,
     )
     assert back["model_version"] == before and len(back["items"]) == 10
+
+
+@pytest.mark.parametrize("side", ["before the flip", "after the flip"])
+def test_ranker_killed_during_a_swap_fails_no_request_and_comes_back_on_the_new_version(
+    scene: Scene, side: str
+) -> None:
+    before = scene.statuses()[0]
+    old, other = before["serving"], ModelVersion("v2" if before["serving"] == "v1" else "v1")
+    answers: list[dict[str, Any]] = []
+    done = threading.Event()
+
+    def ask() -> None:
+        while not done.is_set():
+            answers.append(scene.recommend(new_user(), dry_run=True))  # which must be answered
+
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(ask)
+        try:
+            announce(scene.settings.kafka, scene.registry.promote(other))
+            # Loading aside takes about a second, in which the old one serves.
+            until(
+                lambda: scene.statuses()[0],
+                lambda now: now["serving"] == other or (side == "before the flip" and now["loading"] == other),
+                timeout_s=60,
+            )
+            kill_replicas("ranker")
+            [back] = until(
+                lambda: [found for found in scene.statuses() if found["replica"] != before["replica"]],
+                bool,
+                timeout_s=60,
+            )
+            # What died before the flip has not half-flipped: its successor follows the pointer, and nothing else.
+            assert back["serving"] == other and not back["refused"]
+            until(lambda: answers[-1], lambda last: last["degraded"] == "none" and last["model_version"] == other, 60)
+        finally:
+            done.set()
+        asking.result()
+    assert {answer["model_version"] for answer in answers} <= {old, other, "popular"}
+    assert all(len(answer["items"]) == 10 for answer in answers)
 
 
 def test_killed_gateway_comes_back(scene: Scene) -> None:

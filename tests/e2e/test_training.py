@@ -28,7 +28,14 @@ def of_a_trial(scene: Scene) -> Settings:
             trainable_layers=0,
             threads=1,
         ),
-        gate=replace(settings.gate, margin=1.0, canary_share=0.5, max_latency_ratio=10.0, canary_impressions=10**6),
+        gate=replace(
+            settings.gate,
+            margin=1.0,
+            max_found_loss=1.0,
+            canary_share=0.5,
+            max_latency_ratio=10.0,
+            canary_impressions=10**6,
+        ),
     )
 
 

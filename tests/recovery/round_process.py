@@ -43,7 +43,7 @@ class MadeUpLog:
 
     def __init__(self, count: int = 400) -> None:
         examples, worths = make_examples(count)
-        self._examples = [_with_worth(example, worth) for example, worth in zip(examples, worths, strict=True)]
+        self.examples = [_with_worth(example, worth) for example, worth in zip(examples, worths, strict=True)]
 
     def plan(self, *, now_ms: int, fresh_since_ms: int | None) -> LogWindow:
         """Returns a window over everything."""
@@ -51,9 +51,9 @@ class MadeUpLog:
 
     def read(self, window: LogWindow, progress: Progress) -> Window:
         """Returns the examples."""
-        count = len(self._examples)
+        count = len(self.examples)
         progress("read", count, count)
-        return Window(self._examples, [], JoinCounts(impressions=count, examples=count))
+        return Window(self.examples, [], JoinCounts(impressions=count, examples=count))
 
 
 def _with_worth(example: Example, worth: np.ndarray) -> Example:

@@ -1,7 +1,6 @@
 """Who may serve: an equal or better challenger, and none that is poisoned."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -217,6 +216,7 @@ def test_every_check_says_its_figure_and_its_bound(log: Log) -> None:
         "finite scores",
         "score spread",
         "ndcg_10",
+        "no loss found",
         "popular items",
         "new items",
         "parity",
@@ -230,20 +230,6 @@ def test_models_judged_on_different_examples_are_an_error(log: Log) -> None:
     other = Log(600, seed=1)
     with pytest.raises(ValueError, match="different examples"):
         decide(log.judge(log.guesses), other.judge(other.guesses), SOUND, SETTINGS)
-
-
-def test_an_equal_challenger_that_ranks_otherwise_is_rarely_worse_by_more_than_the_margin() -> None:
-    # The promise of the confidence: a challenger truly worse by the margin passes in at most 5 % of rounds.
-    passed = 0
-    rng = np.random.default_rng(0)
-    base = Log(40).judge(Log(40).guesses)
-    for _ in range(300):
-        usual_E = rng.uniform(0.3, 1.0, size=400)
-        own_E = usual_E - SETTINGS.margin + rng.normal(scale=0.15, size=400)
-        champion, challenger = (replace(base, ranked=400, judged_E=values_E) for values_E in (usual_E, own_E))
-        verdict = decide(champion, challenger, SOUND, GateSettings(bootstrap=200))
-        passed += verdict.promoted
-    assert passed / 300 < 0.09
 
 
 @settings(deadline=None, max_examples=40)

@@ -44,6 +44,16 @@ def test_every_error_of_the_tree_is_drawn() -> None:
             assert re.search(rf"\b{name}\b", drawn), f"{name} is missing from the tree in tailrace/errors.py"
 
 
+def test_every_row_of_the_failure_table_has_all_its_cells_and_names_its_test() -> None:
+    table = README.partition("### When something dies")[2].partition("## Measured")[0]
+    rows = [line for line in table.splitlines() if line.startswith("|")]
+    assert len(rows) > 15
+    for row in rows:
+        assert row.count("|") == 5, row
+    for row in rows[2:]:
+        assert re.search(r"\| `test_\w+` \|$", row), row
+
+
 @pytest.mark.parametrize("test_name", sorted(set(re.findall(r"`(test_\w+)`", README))))
 def test_every_test_named_exists(test_name: str) -> None:
     assert any(f"def {test_name}(" in path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
