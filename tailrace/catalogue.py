@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from tailrace.counters import HALF_LIVES_S, KINDS, MAX_TOUCHES, add_decayed, decayed
+from tailrace.counters import HALF_LIVES_S, KINDS, MAX_TOUCHES, MAX_VISITORS, add_decayed, decayed
 from tailrace.errors import InvalidRecord
 from tailrace.events import ItemStats, decode
 from tailrace.ids import ItemId
@@ -28,8 +28,10 @@ Rows = NDArray[np.int64]
 Floats = NDArray[np.float32]
 Times = NDArray[np.int64]
 Flags = NDArray[np.bool_]
+Buckets = NDArray[np.int32]
 
 NEVER_MS = -(2**53)  # stands in time columns for "has not happened"
+NOBODY = -1  # stands in visitor columns for "no visitor"
 _REUSE_AFTER_MS = 60_000
 _FIRST_ROWS = 1024
 _HALF_LIVES_MS = np.array(HALF_LIVES_S, dtype=np.float64) * 1000
@@ -38,12 +40,17 @@ _stats_decoder = msgspec.json.Decoder(ItemStats)
 
 @dataclass(frozen=True)
 class ItemRows:
-    """Copies of some rows. `sums_NKH` is decayed to the moment asked for; times are epoch ms, NEVER_MS for none."""
+    """Copies of some rows. `sums_NKH` is decayed to the moment asked for; times are epoch ms, NEVER_MS for none.
+
+    Visitors are buckets (`counters.visitor_bucket`), NOBODY for none.
+    """
 
     sums_NKH: Floats
     created_ms_N: Times
     first_ms_N: Times
     touches_ms_NT: Times  # newest first
+    visitors_NV: Buckets  # newest first
+    visits_ms_NV: Times  # when each of them first came
 
 
 class Topics(NamedTuple):
@@ -78,6 +85,8 @@ class Catalogue:
         self._created_ms: Times = np.full(_FIRST_ROWS, NEVER_MS, dtype=np.int64)
         self._first_ms: Times = np.full(_FIRST_ROWS, NEVER_MS, dtype=np.int64)
         self._touches_ms: Times = np.full((_FIRST_ROWS, MAX_TOUCHES), NEVER_MS, dtype=np.int64)
+        self._visitors: Buckets = np.full((_FIRST_ROWS, MAX_VISITORS), NOBODY, dtype=np.int32)
+        self._visits_ms: Times = np.full((_FIRST_ROWS, MAX_VISITORS), NEVER_MS, dtype=np.int64)
         self._sums: Floats = np.zeros((_FIRST_ROWS, len(KINDS), len(HALF_LIVES_S)), dtype=np.float32)
         self._held_ms: Times = np.zeros((_FIRST_ROWS, len(KINDS)), dtype=np.int64)
         self._versions: Times = np.zeros(_FIRST_ROWS, dtype=np.int64)
@@ -207,7 +216,15 @@ class Catalogue:
                 created_ms_N=self._created_ms[rows],
                 first_ms_N=self._first_ms[rows],
                 touches_ms_NT=self._touches_ms[rows],
+                visitors_NV=self._visitors[rows],
+                visits_ms_NV=self._visits_ms[rows],
             )
+
+    def visitors(self, rows: Rows) -> Buckets:
+        """Returns int32 [N, V]: who first touched these rows' items last, by bucket, NOBODY where nobody did."""
+        with self._lock:
+            found: Buckets = self._visitors[rows]
+            return found
 
     def decayed_sums(self, rows: Rows, now_ms: int) -> Floats:
         """Returns float32 [N, K, H]: the rows' sums decayed to `now_ms`."""
@@ -274,6 +291,8 @@ class Catalogue:
         self._topics[row] = Topics()
         self._announced_ms[row] = self._created_ms[row] = self._first_ms[row] = NEVER_MS
         self._touches_ms[row] = NEVER_MS
+        self._visitors[row] = NOBODY
+        self._visits_ms[row] = NEVER_MS
         self._sums[row] = 0.0
         self._held_ms[row] = 0
         self._free.append((row, at_ms))
@@ -318,7 +337,13 @@ class Catalogue:
         # 2. The newest touches of all partitions, newest first.
         newest = sorted((at_ms for partial in partials for at_ms in partial.touches_ms), reverse=True)[:MAX_TOUCHES]
         self._touches_ms[row] = newest + [NEVER_MS] * (MAX_TOUCHES - len(newest))
-        # 3. When it began. An item without a date of its own is as old as its first announcement or touch.
+        # 3. The newest visitors of all partitions, newest first.
+        visitors = sorted((visitor for partial in partials for visitor in partial.visitors), reverse=True)[
+            :MAX_VISITORS
+        ]
+        nobody = [(NEVER_MS, NOBODY)] * (MAX_VISITORS - len(visitors))
+        self._visits_ms[row], self._visitors[row] = zip(*visitors, *nobody, strict=True)
+        # 4. When it began. An item without a date of its own is as old as its first announcement or touch.
         first_ms = min((at for partial in partials if (at := partial.first_ms) is not None), default=None)
         self._first_ms[row] = NEVER_MS if first_ms is None else first_ms
         item = self._items[row]
@@ -339,9 +364,10 @@ class Catalogue:
         return newest_ms, weights
 
     def _grow(self) -> None:
-        for name in ("_announced_ms", "_created_ms", "_first_ms", "_touches_ms", "_sums", "_held_ms", "_versions"):
+        never = dict.fromkeys(("_announced_ms", "_created_ms", "_first_ms", "_touches_ms", "_visits_ms"), NEVER_MS)
+        empty_by_name = never | {"_visitors": NOBODY, "_sums": 0, "_held_ms": 0, "_versions": 0}
+        for name, empty in empty_by_name.items():
             old = getattr(self, name)
-            empty = NEVER_MS if name in ("_announced_ms", "_created_ms", "_first_ms", "_touches_ms") else 0
             setattr(self, name, np.concatenate([old, np.full_like(old, empty)]))
 
 

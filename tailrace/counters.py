@@ -1,4 +1,4 @@
-"""Item counters: decayed sums at five half-lives, last touches and co-visits. Pure.
+"""Item counters: decayed sums at five half-lives, last touches, co-visits and last visitors. Pure.
 
 Method: exponentially decayed sums (Cohen and Strauss 2003). A sum is held at the time of its newest
 contribution; a late contribution is decayed to that time before it is added, so order within a stream decides
@@ -6,13 +6,15 @@ nothing but rounding. Each kind is fed by exactly one stream: that makes the sta
 streams of a partition interleave, byte for byte.
 """
 
+from bisect import insort
 from collections.abc import Iterable
 from math import exp2
+from zlib import crc32
 
 import msgspec
 
 from tailrace.events import DecayedSum, ItemStats
-from tailrace.ids import ItemId
+from tailrace.ids import ItemId, UserId
 
 HALF_LIVES_S = (900.0, 3_600.0, 21_600.0, 86_400.0, 604_800.0)
 _HALF_LIVES_MS = tuple(seconds * 1000 for seconds in HALF_LIVES_S)
@@ -22,6 +24,8 @@ KINDS = ("shown", "clicked", "liked", "skipped", "users", "rated", "rated_up")
 
 MAX_TOUCHES = 8
 MAX_COVISITS = 32
+MAX_VISITORS = 32
+VISITOR_BUCKETS = 65_536
 _COVISIT_HALF_LIFE_MS = 7 * 86_400_000.0
 
 
@@ -32,6 +36,7 @@ class ItemCounters(msgspec.Struct, array_like=True):
     touches_ms: list[int] = []
     first_ms: int | None = None
     covisits: dict[ItemId, tuple[int, float]] = {}
+    visitors: list[tuple[int, int]] = []  # (first touch, bucket of the user), oldest first
 
 
 class CounterTable:
@@ -110,6 +115,26 @@ def apply_covisit(counters: ItemCounters, other: ItemId, at_ms: int) -> None:
         covisits[other] = (held[0], held[1] + exp2((at_ms - held[0]) / _COVISIT_HALF_LIFE_MS))
 
 
+def visitor_bucket(user_id: UserId) -> int:
+    """Returns the number under which an item remembers a user: one in 65,536, so that it names nobody.
+
+    >>> visitor_bucket(UserId("ada"))
+    34664
+    """
+    return crc32(user_id.encode()) % VISITOR_BUCKETS
+
+
+def apply_visitor(counters: ItemCounters, bucket: int, at_ms: int) -> None:
+    """Notes a user's first touch of the item, under the user's bucket; the newest 32 are kept, in time order."""
+    visitors = counters.visitors
+    if not visitors or visitors[-1] <= (at_ms, bucket):
+        visitors.append((at_ms, bucket))
+    else:
+        insort(visitors, (at_ms, bucket))
+    if len(visitors) > MAX_VISITORS:
+        del visitors[0]
+
+
 def _strongest(covisits: dict[ItemId, tuple[int, float]]) -> dict[ItemId, tuple[int, float]]:
     now_ms, _ = max(covisits.values())
     ranked = sorted(
@@ -146,6 +171,7 @@ def item_stats(item_id: ItemId, partition: int, counters: ItemCounters) -> ItemS
         touches_ms=counters.touches_ms,
         first_ms=counters.first_ms,
         covisits=counters.covisits,
+        visitors=counters.visitors,
     )
 
 

@@ -153,7 +153,10 @@ class DecayedSum(msgspec.Struct, array_like=True):
 
 
 class ItemStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One partition's share of an item's counters, as absolute values. Readers add the partitions' shares."""
+    """One partition's share of an item's counters, as absolute values. Readers add the partitions' shares.
+
+    `visitors` are the newest first touches by distinct users: the time, and a number that some 1 in 65,536 users share.
+    """
 
     item_id: ItemIdField
     partition: int
@@ -161,6 +164,7 @@ class ItemStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     touches_ms: list[int] = []
     first_ms: int | None = None
     covisits: dict[ItemId, tuple[int, float]] = {}
+    visitors: list[tuple[int, int]] = []
     schema_version: int = SCHEMA_VERSION
 
 

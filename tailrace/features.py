@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from tailrace.catalogue import NEVER_MS, Catalogue, ItemRows, Rows
 from tailrace.cosines import Cosines, Floats
-from tailrace.counters import HALF_LIVES_S, KINDS
+from tailrace.counters import KINDS
 from tailrace.errors import InvalidRecord
 from tailrace.events import Context
-from tailrace.ids import ItemId
+from tailrace.neighbours import COVISIT_NAMES, OVERLAP_NAMES, covisit_columns, overlap_columns
 from tailrace.profile import Profile
 from tailrace.responses import gather_responses, sum_over
 from tailrace.text import TEXT_VERSION, is_mobile, local_time, now_interests
@@ -48,6 +48,14 @@ _RANKED = (
     "cos_query",
     "cos_history",
 )
+_VISIT_NAMES = (
+    "newer_than_visit",
+    "touched_since_visit",
+    "touches_since_visit",
+    "users_since_visit",
+    "age_to_visit",
+    "touch_to_visit",
+)
 _LONGEST_S = 90 * 86_400.0
 _VISIT_GAP_MS = 30 * 60_000
 _LIMIT = 1e4
@@ -61,9 +69,9 @@ def _feature_names() -> tuple[str, ...]:
     names += [f"log_since_touch_{number}" for number in (1, 2, 3, 4)]
     names += ["cos_user", "cos_query", "cos_history", "cos_recent"]
     names += [f"rank_{name}" for name in _RANKED]
-    names += ["tag_affinity", "entity_affinity", "covisit", "covisit_share"]
-    names += ["tag_response", "entity_response", "tag_exposure"]
-    names += ["shown_to_user", "log_since_shown", "touched_by_user", "newer_than_visit", "touched_since_visit"]
+    names += ["tag_affinity", "entity_affinity", "tag_response", "entity_response", "tag_exposure"]
+    names += [*COVISIT_NAMES, *OVERLAP_NAMES, "shown_to_user", "log_since_shown", "touched_by_user"]
+    names += [*_VISIT_NAMES, "visit_idle"]
     names += ["user_events", "user_idle", "user_day", "user_interests", "user_known"]
     names += ["query_given", "hour_sin", "hour_cos", "weekend", "mobile"]
     return tuple(names)
@@ -127,7 +135,8 @@ def compute_features(
     interests = now_interests(profile, now_ms)
     columns |= _affinity_columns(catalogue, rows_N, interests)
     columns |= _response_columns(catalogue, rows_N, profile, now_ms)
-    columns |= _covisit_columns(catalogue, rows_N, held, profile, now_ms)
+    columns |= covisit_columns(catalogue, rows_N, held, profile, now_ms)
+    columns |= overlap_columns(catalogue, held, profile, now_ms)
     columns |= _fatigue_columns(catalogue, rows_N, profile, now_ms)
     columns |= _user_columns(profile, interests, context, query_given, now_ms)
     # 2. Ranks within the pool.
@@ -194,15 +203,32 @@ def _time_columns(held: ItemRows, profile: Profile, now_ms: int) -> dict[str, Co
     age_s_N = np.maximum(now_ms - held.created_ms_N, 0) / 1000
     since_s_NT = np.clip((now_ms - held.touches_ms_NT[:, :4]) / 1000, 0.0, _LONGEST_S)
     visit_ms = last_visit_ms(profile, now_ms)
-    columns: dict[str, Column] = {
+    columns: dict[str, Column] = _visit_columns(held, age_s_N, since_s_NT[:, 0], visit_ms, now_ms) | {
         "log_age": np.log1p(age_s_N / 3600),
         "rsqrt_age": 1 / np.sqrt(1 + age_s_N / 3600),
         # In steps of 5 %: items announced together are equally new, and so tie in rank.
         "newness": -np.round(np.log1p(age_s_N / 60) * 20) / 20,
-        "newer_than_visit": 0.0 if visit_ms is None else (held.created_ms_N > visit_ms).astype(np.float32),
-        "touched_since_visit": 0.0 if visit_ms is None else (held.touches_ms_NT[:, 0] > visit_ms).astype(np.float32),
     }
     return columns | {f"log_since_touch_{index + 1}": np.log1p(since_s_NT[:, index] / 60) for index in range(4)}
+
+
+def _visit_columns(
+    held: ItemRows, age_s_N: Floats, since_s_N: Floats, visit_ms: int | None, now_ms: int
+) -> dict[str, Column]:
+    """What is new to somebody who was last here then: zeros for whoever never was."""
+    if visit_ms is None:
+        return dict.fromkeys(_VISIT_NAMES, 0.0) | {"visit_idle": float(np.log1p(_LONGEST_S / 3600))}
+    away_s = min(max(now_ms - visit_ms, 0) / 1000, _LONGEST_S)
+    return {
+        "newer_than_visit": (held.created_ms_N > visit_ms).astype(np.float32),
+        "touched_since_visit": (held.touches_ms_NT[:, 0] > visit_ms).astype(np.float32),
+        "touches_since_visit": np.log1p((held.touches_ms_NT > visit_ms).sum(1)),
+        "users_since_visit": np.log1p((held.visits_ms_NV > visit_ms).sum(1)),
+        # Logs of shares: how old the item, and its last touch, are in times of the user's absence.
+        "age_to_visit": np.log1p(age_s_N / 60) - np.log1p(away_s / 60),
+        "touch_to_visit": np.log1p(since_s_N / 60) - np.log1p(away_s / 60),
+        "visit_idle": float(np.log1p(away_s / 3600)),
+    }
 
 
 def last_visit_ms(profile: Profile, now_ms: int) -> int | None:
@@ -235,22 +261,6 @@ def _response_columns(catalogue: Catalogue, rows_N: Rows, profile: Profile, now_
         "entity_response": sum_over(responses.log_lift, [topics.entities for topics in topics_N]),
         "tag_exposure": np.log1p(sum_over(responses.shown, tags_N)),
     }
-
-
-def _covisit_columns(
-    catalogue: Catalogue, rows_N: Rows, held: ItemRows, profile: Profile, now_ms: int
-) -> dict[str, Column]:
-    weights: dict[ItemId, float] = {}
-    for item_id in profile.clicks.last_items:
-        for other, weight in catalogue.covisits(item_id, now_ms).items():
-            weights[other] = weights.get(other, 0.0) + weight
-    covisits_N = np.zeros(len(rows_N), dtype=np.float64)
-    if weights:
-        for index, item in enumerate(catalogue.items_at(rows_N.tolist())):
-            if item is not None:
-                covisits_N[index] = weights.get(item.item_id, 0.0)
-    users_7d_N = held.sums_NKH[:, KINDS.index("users"), HALF_LIVES_S.index(604_800.0)]
-    return {"covisit": np.log1p(covisits_N), "covisit_share": np.minimum(covisits_N / (users_7d_N + 5.0), 1.0)}
 
 
 def _fatigue_columns(catalogue: Catalogue, rows_N: Rows, profile: Profile, now_ms: int) -> dict[str, Column]:

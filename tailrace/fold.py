@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from tailrace.counters import CounterTable, apply_count, apply_covisit
+from tailrace.counters import CounterTable, apply_count, apply_covisit, apply_visitor, visitor_bucket
 from tailrace.counters import apply_touch as apply_item_touch
 from tailrace.events import Click, Context, Impression, Rating, UserEvent
 from tailrace.ids import ItemId
@@ -143,6 +143,7 @@ def _fold_click(click: Click, at_ms: int, profile: Profile, counters: CounterTab
         apply_count(of_item, "liked", at_ms)
     if apply_seen(strand, item_id, at_ms):
         apply_count(of_item, "users", at_ms)
+        apply_visitor(of_item, visitor_bucket(profile.user_id), at_ms)
         _fold_covisits(strand, item_id, at_ms, counters)
 
 

@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from tailrace.catalogue import NEVER_MS, Catalogue
+from tailrace.catalogue import NEVER_MS, NOBODY, Catalogue
 from tailrace.counters import HALF_LIVES_S, KINDS, MAX_TOUCHES, ItemCounters, apply_count, apply_covisit, apply_touch
 from tailrace.counters import item_stats as stats_of
 from tailrace.errors import InvalidRecord
@@ -80,6 +80,18 @@ def test_the_newest_touches_of_all_partitions_stand_newest_first() -> None:
     newest = sorted([*range(NOW_MS, NOW_MS + 6), *range(NOW_MS + 100, NOW_MS + 106)], reverse=True)
     assert held.touches_ms_NT[0].tolist() == newest[:MAX_TOUCHES]
     assert held.first_ms_N[0] == NOW_MS
+
+
+def test_the_newest_visitors_of_all_partitions_stand_newest_first() -> None:
+    catalogue = Catalogue()
+    announce(catalogue, item("a"), item("b"))
+    for partition, visitors in enumerate(([(1, 7), (4, 9)], [(2, 7), (3, 8)])):
+        publish(catalogue, "a", partition, ItemCounters(visitors=visitors))
+    rows = catalogue.rows([ItemId("a"), ItemId("b")])
+    assert catalogue.visitors(rows)[:, :5].tolist() == [[9, 8, 7, 7, NOBODY], [NOBODY] * 5]
+    assert catalogue.gather(rows, NOW_MS).visits_ms_NV[0, :5].tolist() == [4, 3, 2, 1, NEVER_MS]
+    catalogue.apply_item("a", None, NOW_MS)
+    assert (catalogue.visitors(rows) == NOBODY).all()
 
 
 def test_covisits_are_added_over_partitions_and_decay() -> None:

@@ -12,19 +12,23 @@ from tailrace.counters import (
     KINDS,
     MAX_COVISITS,
     MAX_TOUCHES,
+    MAX_VISITORS,
+    VISITOR_BUCKETS,
     CounterTable,
     ItemCounters,
     add_decayed,
     apply_count,
     apply_covisit,
     apply_touch,
+    apply_visitor,
     decayed,
     decode_counters,
     encode_counters,
     item_stats,
+    visitor_bucket,
 )
 from tailrace.events import DecayedSum, ItemStats, decode, encode
-from tailrace.ids import ItemId
+from tailrace.ids import ItemId, UserId
 
 DAY_MS = 86_400_000
 times = st.lists(st.integers(0, 60 * DAY_MS), min_size=1, max_size=30)
@@ -98,6 +102,20 @@ def test_of_too_many_covisits_the_stronger_half_stays() -> None:
     assert counters.covisits == {ItemId(f"i{number}"): (0, 2.0) for number in range(1, MAX_COVISITS, 2)}
 
 
+@given(times)
+def test_the_newest_visitors_are_kept_in_time_order_whatever_the_order_of_arrival(at_ms: list[int]) -> None:
+    counters = ItemCounters()
+    for number, moment in enumerate(at_ms * 2):
+        apply_visitor(counters, number, moment)
+    assert counters.visitors == sorted((moment, number) for number, moment in enumerate(at_ms * 2))[-MAX_VISITORS:]
+
+
+def test_a_visitor_bucket_names_no_user_of_many() -> None:
+    buckets = [visitor_bucket(UserId(f"u{number}")) for number in range(4 * VISITOR_BUCKETS)]
+    assert set(buckets) <= set(range(VISITOR_BUCKETS))
+    assert len(set(buckets)) > 0.9 * VISITOR_BUCKETS
+
+
 def test_a_covisit_halves_in_seven_days() -> None:
     assert decayed((0, 8.0), 7 * DAY_MS) == pytest.approx(4.0)
     assert decayed((5, 8.0), 0) == 8.0
@@ -115,6 +133,7 @@ def test_counters_read_back_as_they_were_stored_and_published() -> None:
         apply_count(counters, kind, 5)
     apply_touch(counters, 5)
     apply_covisit(counters, ItemId("other"), 5)
+    apply_visitor(counters, visitor_bucket(UserId("u")), 5)
     assert decode_counters(encode_counters(counters)) == counters
     published = item_stats(ItemId("i"), 3, counters)
     assert decode(msgspec.json.Decoder(ItemStats), encode(published)) == published

@@ -146,6 +146,22 @@ def test_covisited_items_stand_out_for_who_touched_the_other_one() -> None:
     assert covisit[2] == 0.0
 
 
+def test_items_of_those_who_touched_what_the_user_touched_stand_out() -> None:
+    shop = Shop(book("a"), book("b"), book("theirs"), book("of others"))
+    for user in ("v", "w"):
+        for name in ("a", "b", "theirs"):
+            shop.click(user, name, NOW_MS - 360 * MINUTE_MS)
+    shop.click("x", "of others", NOW_MS)
+    shop.click("u", "a", NOW_MS - MINUTE_MS)
+    shop.click("u", "b", NOW_MS - MINUTE_MS)
+    features = shop.features()
+    assert column(features, "overlap")[2:] == pytest.approx([np.log1p(4), 0.0], rel=1e-5)  # two users, two items each
+    assert column(features, "overlap_best")[2:] == pytest.approx([np.log1p(2), 0.0], rel=1e-5)
+    assert column(features, "overlap_6h")[2:] == pytest.approx([np.log1p(2), 0.0], rel=1e-4)
+    assert column(features, "overlap_share")[2:] == pytest.approx([4 / 5, 0.0], rel=1e-5)
+    assert column(shop.features("stranger"), "overlap") == [0.0] * 4
+
+
 def test_fatigue_counts_how_often_this_user_was_shown_the_item() -> None:
     shop = Shop(book("a"), book("b"))
     shop.profile("u").impressions.seen = {ItemId("a"): (NOW_MS - MINUTE_MS, 3)}
@@ -159,7 +175,13 @@ def test_items_since_the_last_visit_are_told_from_older_ones() -> None:
     shop = Shop(book("old"), book("new", created_ms=NOW_MS - MINUTE_MS))
     shop.click("u", "old", NOW_MS - 120 * MINUTE_MS)
     shop.click("u", "old", NOW_MS - MINUTE_MS)  # the present visit
-    assert column(shop.features(), "newer_than_visit") == [0.0, 1.0]
+    for user in ("v", "w"):
+        shop.click(user, "new", NOW_MS)
+    features = shop.features()
+    assert column(features, "newer_than_visit") == [0.0, 1.0]
+    assert column(features, "touches_since_visit") == pytest.approx([np.log(2), np.log(3)], rel=1e-5)
+    assert column(features, "users_since_visit") == pytest.approx([0.0, np.log(3)], rel=1e-5)
+    assert column(features, "age_to_visit")[1] == pytest.approx(np.log(2 / 121), rel=1e-5)
     assert column(shop.features("stranger"), "newer_than_visit") == [0.0, 0.0]
 
 
