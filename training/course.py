@@ -19,7 +19,7 @@ from training.checkpoints import EpochRecord, Standing, load_checkpoint, save_ch
 from training.dataset import Corpus, Labels, Precision
 from training.learner import Learner
 from training.lessons import plan_batches
-from training.losses import listwise_loss, ndcg, parent_loss, pointwise_loss, rating_loss
+from training.losses import anchor_loss, listwise_loss, ndcg, parent_loss, pointwise_loss, rating_loss
 from training.trackers import Facts, Trackers, open_trackers
 
 BEST_KEPT = 3  # epochs whose weights are averaged
@@ -102,6 +102,12 @@ class Course:
         self._team = corpus.team
         self._optimizer = make_optimizer(learner, settings)
         self._parameters = {name: weight for name, weight in learner.named_parameters() if weight.requires_grad}
+        # The head alone is held: layers have a rate of their own, a fortieth of the head's, and dropout.
+        self._anchors = {
+            name: weight.detach().clone()
+            for name, weight in self._parameters.items()
+            if name.startswith("ranker.head.")
+        }
         found = load_checkpoint(folder, fingerprint, self._parameters, self._optimizer)
         self.resumed = found is not None
         self.standing, self.snapshots = found or (Standing(fingerprint), {})
@@ -152,6 +158,8 @@ class Course:
         torch.manual_seed((settings.seed * 1_000_003 + standing.step) * self._team.size + self._team.rank)
         scores = score_batch(self.learner, self._corpus, chosen, labels, self._precision)
         losses = compute_losses(scores, labels, parents, settings)
+        losses["anchor"] = self._team.count_once(anchor_loss(self._parameters, self._anchors) / len(self._corpus))
+        losses["total"] = losses["total"] + settings.anchor_weight * losses["anchor"]
         self._optimizer.zero_grad()
         losses["total"].backward()  # type: ignore[no-untyped-call]
         self._team.add_up_gradients(self._parameters.values())
