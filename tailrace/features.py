@@ -209,11 +209,12 @@ def _time_columns(held: ItemRows, profile: Profile, now_ms: int) -> dict[str, Co
 
 
 def _visit_columns(
-    held: ItemRows, age_s_N: Floats, since_s_N: Floats, visit_ms: int | None, now_ms: int
+    held: ItemRows, age_s_N: NDArray[np.floating], since_s_N: NDArray[np.floating], visit_ms: int | None, now_ms: int
 ) -> dict[str, Column]:
     """What is new to somebody who was last here then: zeros for whoever never was."""
     if visit_ms is None:
-        return dict.fromkeys(_VISIT_NAMES, 0.0) | {"visit_idle": float(np.log1p(_LONGEST_S / 3600))}
+        never: dict[str, Column] = dict.fromkeys(_VISIT_NAMES, 0.0)
+        return never | {"visit_idle": float(np.log1p(_LONGEST_S / 3600))}
     away_s = min(max(now_ms - visit_ms, 0) / 1000, _LONGEST_S)
     return {
         "newer_than_visit": (held.created_ms_N > visit_ms).astype(np.float32),

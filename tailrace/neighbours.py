@@ -13,7 +13,7 @@ from tailrace.counters import HALF_LIVES_S, KINDS, VISITOR_BUCKETS, visitor_buck
 from tailrace.ids import ItemId
 from tailrace.profile import Profile
 
-COVISIT_NAMES = ("covisit", "covisit_share", "covisit_last", "covisit_history")
+COVISIT_NAMES = ("covisit", "covisit_share", "covisit_last", "covisit_history", "covisit_history_share")
 OVERLAP_NAMES = ("overlap", "overlap_share", "overlap_best", "overlap_6h", "overlap_30m")
 
 
@@ -38,6 +38,7 @@ def covisit_columns(
         "covisit_share": np.minimum(covisits_N3[:, 0] / (users_7d_N + 5.0), 1.0),
         "covisit_last": logs_N3[:, 1],
         "covisit_history": logs_N3[:, 2],
+        "covisit_history_share": np.minimum(covisits_N3[:, 2] / (users_7d_N + 5.0), 4.0),
     }
 
 

@@ -18,7 +18,7 @@ from training.checkpoints import EpochRecord, Standing, load_checkpoint, save_ch
 from training.dataset import Batch, Corpus, Precision
 from training.learner import Learner
 from training.lessons import plan_batches
-from training.losses import listwise_loss, ndcg, parent_loss, pointwise_loss, rating_loss
+from training.losses import anchor_loss, listwise_loss, ndcg, parent_loss, pointwise_loss, rating_loss
 
 BEST_KEPT = 3  # epochs whose weights are averaged
 PATIENCE = 2  # epochs without a better stop loss before the end
@@ -93,6 +93,12 @@ class Course:
         self._settings, self._precision, self._folder = settings, precision, folder
         self._optimizer = make_optimizer(learner, settings)
         self._parameters = {name: weight for name, weight in learner.named_parameters() if weight.requires_grad}
+        # The head alone is held: layers have a rate of their own, a fortieth of the head's, and dropout.
+        self._anchors = {
+            name: weight.detach().clone()
+            for name, weight in self._parameters.items()
+            if name.startswith("ranker.head.")
+        }
         found = load_checkpoint(folder, fingerprint, self._parameters, self._optimizer)
         self.resumed = found is not None
         self.standing, self.snapshots = found or (Standing(fingerprint), {})
@@ -141,6 +147,8 @@ class Course:
             group["lr"] = group["peak"] * share
         torch.manual_seed(settings.seed * 1_000_003 + standing.step)  # dropout of this step, whatever came before
         losses = compute_losses(self.learner, batch, parents, settings, self._precision)
+        losses["anchor"] = anchor_loss(self._parameters, self._anchors) / len(self._corpus)
+        losses["total"] = losses["total"] + settings.anchor_weight * losses["anchor"]
         self._optimizer.zero_grad()
         losses["total"].backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), CLIP_NORM)

@@ -31,14 +31,16 @@ from training.learner import (
     feature_units,
     level_shift,
     put_learned,
+    scale_clicks,
     to_raw_units,
     to_standard_units,
 )
 from training.lessons import Lesson, choose_lessons
+from training.losses import best_scale
 from training.model import SplitRanker
 
 MOST_PLACES = 50  # places of a slate with a bias of their own; further ones share the last
-LEVEL_LESSONS = 1000  # enough to find the level of the logits
+CALIBRATION_LESSONS = 1000  # enough to find the scale and the level of the logits
 
 
 @dataclass(frozen=True)
@@ -120,14 +122,17 @@ def fine_tune(
         telling = [example for example in stop if example.gains_N[: example.num_shown].any()]
         stop_corpus = read([Lesson(example) for example in telling])
 
-        # 4. What the parent says: of the stop slice, to be beaten there, and of older slates, to stay near it.
+        # 4. The parent's scores on the scale and the level of what happened. An untrained score has neither, and any
+        #    step towards them would look like learning, and be paid for in order.
+        level = _calibrate(as_parent, corpus, precision, settings.unshown_weight)
+
+        # 5. What the parent says: of the stop slice, to be beaten there, and of older slates, to stay near it.
         stop_slice = StopSlice(stop_corpus, as_parent, precision, settings.unshown_weight)
         replayed = [index for index, lesson in enumerate(lessons) if lesson.replayed]
         on_replay = score_corpus(as_parent, corpus, precision, replayed if settings.kl_weight else [])
-        level = _find_level(as_parent, corpus, precision)
         reading_s = time.perf_counter() - started
 
-        # 5. Learning, from the start or from where an earlier call was killed.
+        # 6. Learning, from the start or from where an earlier call was killed.
         places = min(max(lesson.example.num_shown for lesson in lessons), MOST_PLACES) if position_bias else 1
         new_learner = partial(Learner, first_layer=first_layer, num_positions=places)
         learner = new_learner(copy.deepcopy(parent), lora_rank=settings.lora_rank, dropout=settings.dropout).to(device)
@@ -146,7 +151,7 @@ def fine_tune(
             torch.set_num_threads(settings.threads)
         course.run(partial(announce, "learn"), checkpoint_every_s)
 
-        # 6. The average of the best epochs or the best alone, whichever is better, if it beats the parent.
+        # 7. The average of the best epochs or the best alone, whichever is better, if it beats the parent.
         chosen, reason = _choose(course, new_learner(copy.deepcopy(parent)).to(device), stop_slice)
         if chosen is None:
             result = ranker
@@ -203,14 +208,25 @@ def _torch_for(settings: TrainingSettings) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _find_level(parent: Learner, corpus: Corpus, precision: Precision) -> float:
-    """Returns what the parent's click logits lack to be as likely as clicks are frequent."""
-    among = list(range(0, len(corpus), max(len(corpus) // LEVEL_LESSONS, 1)))
+def _calibrate(parent: Learner, corpus: Corpus, precision: Precision, unshown_weight: float) -> float:
+    """Scales the parent's click logits, in place, as its order of the lessons deserves; returns the level they lack."""
+    among = list(range(0, len(corpus), max(len(corpus) // CALIBRATION_LESSONS, 1)))
     logits = score_corpus(parent, corpus, precision, among)
     lessons = [corpus.lessons[index] for index in among]
     counts = [lesson.example.num_shown for lesson in lessons]
+    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    real = pad([torch.ones(len(logits[index]), dtype=torch.bool) for index in among])
+    factor = best_scale(
+        pad([logits[index] for index in among]),
+        pad([torch.from_numpy(lesson.example.gains_N) for lesson in lessons]),
+        torch.arange(real.shape[1]) < torch.tensor(counts).unsqueeze(1),
+        real,
+        unshown_weight=unshown_weight,
+    )
+    scale_clicks(parent.ranker.head, factor)
     return level_shift(
-        np.concatenate([logits[index][:count].double().numpy() for index, count in zip(among, counts, strict=True)]),
+        factor
+        * np.concatenate([logits[index][:count].double().numpy() for index, count in zip(among, counts, strict=True)]),
         np.concatenate([lesson.example.clicked_N[:count] for lesson, count in zip(lessons, counts, strict=True)]),
         np.repeat([lesson.weight for lesson in lessons], counts),
     )

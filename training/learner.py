@@ -147,6 +147,14 @@ def level_shift(logits_R: NDArray[np.floating], clicked_R: NDArray[np.bool_], we
     return (low + high) / 2
 
 
+def scale_clicks(head: Head, factor: float) -> None:
+    """Multiplies every click logit by `factor`, in place; ratings stay as they are."""
+    with torch.no_grad():
+        for weight in (head.prior, head.outer.weight[0], head.outer.bias[0], head.match_gain[0]):
+            weight.mul_(factor)
+        head.rating_affine[0] /= factor
+
+
 def add_level(head: Head, shift: float) -> None:
     """Adds `shift` to every click logit, in place."""
     with torch.no_grad():

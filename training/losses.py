@@ -4,6 +4,8 @@ Shapes: B slates, N candidates, padded; float32 unless said otherwise. Every fun
 slate has anything to say on the matter, and then no gradient either.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -61,6 +63,31 @@ def parent_loss(logits_BN: Tensor, parent_logits_BN: Tensor, real_BN: Tensor, re
     log_parent = torch.log_softmax(torch.where(real_BN, parent_logits_BN, _NEVER), 1)
     per_slate = (log_parent.exp() * (log_parent - log_model)).sum(1)
     return (per_slate * replayed_B).sum() / replayed_B.sum().clamp(min=1)
+
+
+def anchor_loss(weights: Mapping[str, Tensor], anchors: Mapping[str, Tensor]) -> Tensor:
+    """Returns half the squared distance of the weights from where they began, by name, summed over the anchors.
+
+    L2-SP (Li, Grandvalet and Davoine 2018, "Explicit inductive bias for transfer learning"). Divided by the number of
+    examples it is the prior of one who expects the parent to be nearly right: few examples move it little.
+    """
+    return torch.stack([((weights[name] - anchor) ** 2).sum() for name, anchor in anchors.items()]).sum() / 2
+
+
+def best_scale(
+    logits_BN: Tensor, gains_BN: Tensor, shown_BN: Tensor, real_BN: Tensor, *, unshown_weight: float
+) -> float:
+    """Returns the factor, from 1/16 to 16, by which the logits explain the gains best; 1 where none is better.
+
+    Temperature scaling (Guo et al. 2017, "On calibration of modern neural networks"). It orders nothing anew.
+    """
+    factors = 2 ** torch.linspace(-4, 4, 65)
+    losses = [
+        float(listwise_loss(factor * logits_BN, gains_BN, shown_BN, real_BN, unshown_weight=unshown_weight))
+        for factor in factors
+    ]
+    least = min(range(len(losses)), key=losses.__getitem__)
+    return float(factors[least]) if losses[least] < losses[len(losses) // 2] else 1.0
 
 
 def ndcg(logits_BN: Tensor, gains_BN: Tensor, shown_BN: Tensor, *, top: int = 10) -> Tensor:
