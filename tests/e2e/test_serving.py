@@ -171,18 +171,6 @@ def test_damaged_bundle_leaves_the_running_model_and_says_so(scene: Scene, tmp_p
     announce(scene.settings.kafka, scene.registry.rollback())
 
 
-def test_killed_ranker_fails_no_request_and_comes_back(scene: Scene) -> None:
-    before = scene.recommend(new_user(), dry_run=True)["model_version"]
-    kill_replicas("ranker")
-    # `recommend` asserts that each of these is answered. A replica that is back within the deadline leaves no trace.
-    back = until(
-        lambda: scene.recommend(new_user(), dry_run=True),
-        lambda answer: answer["degraded"] == "none",
-        timeout_s=60,
-    )
-    assert back["model_version"] == before and len(back["items"]) == 10
-
-
 @pytest.mark.parametrize("side", ["before the flip", "after the flip"])
 def test_ranker_killed_during_a_swap_fails_no_request_and_comes_back_on_the_new_version(
     scene: Scene, side: str

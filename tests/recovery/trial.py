@@ -49,20 +49,21 @@ from training.parity import made_up_texts
 from training.round import Progress, RoundParts, run_round
 from training.watchdog import Watch
 
-CATALOGUE, CANDIDATES, SHOWN = 60, 12, 8
+CATALOGUE, SHOWN = 60, 8
+LOGGED, LIVE = 12, 40  # candidates of a slate in the log, and of a request
 KNOWN, NEW = FEATURE_NAMES.index("cos_user"), FEATURE_NAMES.index("cos_history")
 SETTINGS: dict[str, Any] = {
     "training": {
         "min_examples": 100,
         "holdout_share": 0.4,
-        "epochs": 2,
+        "epochs": 3,
         "trainable_layers": 0,
         "head_learning_rate": 0.02,
         "threads": 1,
         "precision": "fp32",
     },
     # A tiny ranker's times are noise.
-    "gate": {"canary_share": 0.5, "max_latency_ratio": 10.0},
+    "gate": {"canary_share": 0.5, "canary_impressions": 150, "max_latency_ratio": 10.0},
     "registry": {"keep": 2},
 }
 
@@ -85,28 +86,28 @@ class Readers:
         self._with_news = with_news
         self._quality_I = np.random.default_rng(0).normal(scale=0.5, size=CATALOGUE)
 
-    def visit(self) -> Visit:
+    def visit(self, candidates: int) -> Visit:
         """Returns the next visit."""
-        rows_N = self.rng.choice(CATALOGUE, size=CANDIDATES, replace=False)
-        features_NF = np.zeros((CANDIDATES, len(FEATURE_NAMES)), np.float32)
-        features_NF[:, KNOWN] = self.rng.normal(size=CANDIDATES)
-        features_NF[:, NEW] = self.rng.normal(size=CANDIDATES) * self._with_news
+        rows_N = self.rng.choice(CATALOGUE, size=candidates, replace=False)
+        features_NF = np.zeros((candidates, len(FEATURE_NAMES)), np.float32)
+        features_NF[:, KNOWN] = self.rng.normal(size=candidates)
+        features_NF[:, NEW] = self.rng.normal(size=candidates) * self._with_news
         features_NF[:, POPULAR] = self._quality_I[rows_N] + 1.0
-        features_NF[:, FARMED] = self.rng.normal(size=CANDIDATES)
-        worth_N = 1.2 * features_NF[:, KNOWN] + 0.9 * features_NF[:, NEW] + self._quality_I[rows_N]
+        features_NF[:, FARMED] = self.rng.normal(size=candidates)
+        worth_N = 1.2 * features_NF[:, KNOWN] + 1.2 * features_NF[:, NEW] + self._quality_I[rows_N]
         user_id = UserId(f"reader-{self.rng.integers(200)}")
         return Visit(user_id, rows_N, features_NF, 1 / (1 + np.exp(1.5 - worth_N)))
 
     def log(self, count: int) -> list[Example]:
-        """Returns slates of an earlier champion's making, which knew half of the matter, and the clicks."""
+        """Returns slates drawn by lot, so that nothing but the clicks tells what is good, and the clicks."""
         examples = []
         for number in range(count):
-            visit = self.visit()
-            order = np.argsort(self.rng.normal(size=CANDIDATES) - visit.features_NF[:, KNOWN])
+            visit = self.visit(LOGGED)
+            order = self.rng.permutation(LOGGED)
             clicked = self.rng.random(SHOWN) < visit.chances_N[order[:SHOWN]]
             example = make_example(
                 clicked.tolist(),
-                unshown=CANDIDATES - SHOWN,
+                unshown=LOGGED - SHOWN,
                 items=[f"book-{row}" for row in visit.rows_N[order]],
                 number=number,
             )
@@ -156,7 +157,7 @@ class Trial:
         Nobody is: it is taken back in the end.
         """
         rng = np.random.default_rng([seed, 7])
-        examples: Sequence[Example] = Readers(seed).log(300)
+        examples: Sequence[Example] = Readers(seed).log(400)
         if poison is not None and poison.of_log is not None:
             examples = poison.of_log(examples, rng)
 
@@ -257,7 +258,7 @@ class Trial:
 
     def _serve(self, readers: Readers, watched: Watch) -> None:
         """A reader gets a slate of their version's making, and clicks."""
-        visit, deadline = readers.visit(), time.monotonic() + 60
+        visit, deadline = readers.visit(LIVE), time.monotonic() + 60
         item_ids = [ItemId(f"book-{row}") for row in visit.rows_N]
         with self._slot.lease(visit.user_id) as model:
             _, items = model.encodings.gather(self._catalogue.rows(item_ids))
@@ -267,7 +268,7 @@ class Trial:
                 scores_N = clicks_N + self.settings.slate.rating_weight * ratings_N
             except ScoringError:
                 model.tally.note_no_answer()
-                scores_N = np.zeros(CANDIDATES, np.float32)
+                scores_N = np.zeros(LIVE, np.float32)
         order = np.argsort(-scores_N)[:SHOWN].tolist()
         request_id = RequestId(uuid4().hex)
         watched.evidence.add_impression(
