@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
+from pathlib import Path
 
 import httpx
 import msgspec
@@ -135,10 +136,25 @@ def watch(
             try:
                 with closing(_Feed(settings.kafka)) as feed:
                     while not stop.is_set():
-                        _look(watched, feed, client, registry, settings.kafka, decided, interval_s)
+                        _look(watched, feed, client, registry, settings, decided, interval_s)
             except (KafkaError, BrokerUnavailable) as error:
                 log.warning("the watchdog lost the broker", error=str(error))
                 stop.wait(interval_s)
+
+
+def if_sound(registry: Registry, version: ModelVersion, judgement: Judgement, cache_dir: Path) -> Judgement:
+    """Returns the judgement, or one to roll back where a version to promote has a file unlike what was published.
+
+    Replicas that share a file with another version have it in memory, and would not notice; one that starts later
+    could not open the version.
+    """
+    if judgement.action != "promote":
+        return judgement
+    try:
+        registry.fetch(version, cache_dir)
+    except BundleError as error:
+        return Judgement("rollback", f"refused: {error}")
+    return judgement
 
 
 def _look(
@@ -146,7 +162,7 @@ def _look(
     feed: _Feed,
     client: httpx.Client,
     registry: Registry,
-    kafka: KafkaSettings,
+    settings: Settings,
     decided: Decided,
     interval_s: float,
 ) -> None:
@@ -164,7 +180,7 @@ def _look(
         if pointer is None or found is None or found[1].action == "wait":
             return
         # 4. Act, unless another has moved the pointer since.
-        version, judgement = found
+        version, judgement = found[0], if_sound(registry, *found, settings.path("cache") / "bundles")
         log.warning("the watchdog moves the pointer", version=version, action=judgement.action, reason=judgement.reason)
         if judgement.action == "promote":
             announcement = registry.promote(version, generation=pointer.generation)
@@ -175,4 +191,4 @@ def _look(
         log.warning("the watchdog could not look or act; looking again", error=str(error))
         return
     # 5. Tell the replicas. They find out by themselves where Kafka does not take it, only later.
-    announce(kafka, announcement)
+    announce(settings.kafka, announcement)

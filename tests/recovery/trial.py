@@ -7,6 +7,7 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -40,14 +41,14 @@ from tests.recovery.scene import wait_until
 from training.bert import Bert, BertShape
 from training.examples import Example, JoinCounts
 from training.export import export_bundle
-from training.fine_tune import FineTuned, fine_tune
+from training.fine_tune import FineTuned, Job, learn_alone
 from training.judgement import Judgement
 from training.live_evidence import ReplicaStatus
 from training.log_window import LogWindow, Window
 from training.model import SplitRanker
 from training.parity import made_up_texts
 from training.round import Progress, RoundParts, run_round
-from training.watchdog import Watch
+from training.watchdog import Watch, if_sound
 
 CATALOGUE, SHOWN = 60, 8
 LOGGED, LIVE = 12, 40  # candidates of a slate in the log, and of a request
@@ -131,6 +132,13 @@ class FixedLog:
         return Window(list(self.examples), [], JoinCounts(impressions=count, examples=count))
 
 
+def _tokenizer_of(job: Job) -> Tokenizer:
+    """Returns the tokenizer that a round gave to its fine-tune, and will export."""
+    assert isinstance(job, partial)
+    [tokenizer] = [one for one in job.args if isinstance(one, Tokenizer)]
+    return tokenizer
+
+
 class Trial:
     """A registry, a champion that has learned what `KNOWN` is worth, one replica that serves it, and the watchdog."""
 
@@ -139,7 +147,7 @@ class Trial:
         self.registry = open_registry(self.settings)
         self._learned: FineTuned | None = None  # one fine-tune, damaged in many ways
         self._publish_first(folder / "v0")
-        record = self._round(Readers(1000, with_news=False).log(800), learn=fine_tune)
+        record = self._round(Readers(1000, with_news=False).log(800), learn=learn_alone)
         self.registry.promote(record.version)
         self.champion = record.version
         self._catalogue = Catalogue()
@@ -161,13 +169,13 @@ class Trial:
         if poison is not None and poison.of_log is not None:
             examples = poison.of_log(examples, rng)
 
-        def learn(ranker: SplitRanker, tokenizer: Tokenizer, *arguments: Any, **options: Any) -> FineTuned:
+        def learn(job: Job) -> FineTuned:
             if poison is None or poison.of_log is not None:
-                return fine_tune(ranker, tokenizer, *arguments, **options)
-            self._learned = self._learned or fine_tune(ranker, tokenizer, *arguments, **options)
+                return learn_alone(job)
+            self._learned = self._learned or learn_alone(job)
             spoiled = copy.deepcopy(self._learned.ranker)
             if poison.of_model is not None:
-                poison.of_model(spoiled, tokenizer, rng)
+                poison.of_model(spoiled, _tokenizer_of(job), rng)
             return replace(self._learned, ranker=spoiled)
 
         def on_step(step: str) -> None:
@@ -194,6 +202,7 @@ class Trial:
         )
         # 3. Half of the readers get it, and the watchdog looks on.
         judgement = self._watch(Readers(seed + 1))
+        judgement = if_sound(self.registry, record.version, judgement, self.settings.path("cache"))
         self._tell(self.registry.rollback())
         wait_until(lambda: self._slot.status().canary is None, f"{record.version} serves nobody")
         return "" if judgement.action == "promote" else f"watchdog: {judgement.reason}"
@@ -214,7 +223,7 @@ class Trial:
         self,
         examples: Sequence[Example],
         *,
-        learn: Callable[..., FineTuned],
+        learn: Callable[[Job], FineTuned],
         on_step: Callable[[str], None] = lambda step: None,
         announce: Callable[[ModelAnnouncement], None] = lambda announcement: None,
     ) -> RoundRecord:
