@@ -34,7 +34,7 @@ _VISITS_PER_S = 7.0
 # A few minutes of a few dozen readers: rounds begin early, learn little at a time, and the gate asks for less certainty
 # than it should where anybody's shop is at stake.
 _SETTINGS: dict[str, Any] = {
-    "training": {"min_examples": 150, "wait_s": 5.0, "holdout_share": 0.4, "trainable_layers": 0, "threads": 1},
+    "training": {"min_examples": 150, "wait_s": 5.0, "holdout_share": 0.4, "threads": 1},
     "gate": {"margin": 0.05, "max_found_loss": 0.05, "confidence": 0.8, "canary_share": 0.5, "canary_impressions": 60},
 }
 _ROUND_AFTER = 250  # new impressions

@@ -61,7 +61,7 @@ def bench_freshness(console: Console) -> list[Row]:
             producer.close()
             _wait_until_folded(running)
             rows: list[Row] = []
-            for what, layers in (("the head alone", 0), ("by default", running.training.trainable_layers)):
+            for what, layers in (("the head alone", 0), ("three layers", 3)):
                 training = replace(running.training, trainable_layers=layers)
                 rows += _measure(replace(running, training=training), url, what, len(log.impressions), console)
             return rows
