@@ -95,10 +95,15 @@ class Scene:
 
 
 def kill_replicas(deployment: str) -> None:
-    """Ends the processes of a deployment's replicas at once, without a farewell."""
-    found = [one for one in list_named_actors(all_namespaces=True) if f"#{deployment}#" in one["name"]]
-    assert found, f"no replica of {deployment}"
-    for one in found:
+    """Ends the processes of a deployment's replicas at once, without a farewell.
+
+    Waits for one to be there first: the last killed may not have been replaced yet.
+    """
+
+    def replicas() -> list[dict[str, str]]:
+        return [one for one in list_named_actors(all_namespaces=True) if f"#{deployment}#" in one["name"]]
+
+    for one in until(replicas, bool, timeout_s=30):
         ray.kill(ray.get_actor(one["name"], namespace=one["namespace"]))
 
 
