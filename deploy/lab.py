@@ -107,6 +107,8 @@ def run_lab(
         data_dir=str(folder),
         registry=replace(settings.registry, url="registry"),
         gate=replace(settings.gate, canary_share=0.0),  # a day here is too short to watch a canary
+        # Nobody in this world cares for variety, so every arm is free of it. Exploration stays: learning needs it.
+        slate=replace(settings.slate, diversity=0.0, max_per_tag=0),
         training=replace(settings.training, seed=seed),
     )
     # 1. Version 0, which is also the control.

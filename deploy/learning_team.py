@@ -7,14 +7,16 @@ from typing import Any
 from uuid import uuid4
 
 import ray
+from ray.train import get_context
+from ray.train.collective import broadcast_from_rank_zero
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
-from ray.train.v2.torch.torch_trainer import TorchTrainer
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from deploy.ray_cluster import NICE
 from tailrace.errors import TailraceError
 from tailrace.settings import TrainingSettings
 from training.fine_tune import FineTuned, Job
-from training.team import join_team
+from training.team import joined_team
 
 _RETRIES = 3  # a worker that dies, or finds no room to start, is started again so often
 
@@ -25,9 +27,9 @@ def learn_together(job: Job, settings: TrainingSettings, folder: Path) -> FineTu
     Where one dies all begin again, from the job's last checkpoint. Ray Train keeps its own books in `folder`, which is
     removed at the end. Raises what the job raises.
     """
-    trainer = TorchTrainer(
+    trainer = DataParallelTrainer(  # not TorchTrainer, whose processes meet on every interface
         _do_share,
-        train_loop_config={"job": ray.put(job)},
+        train_loop_config={"job": ray.put(job), "backend": "nccl" if settings.device == "cuda" else "gloo"},
         scaling_config=ScalingConfig(
             num_workers=settings.workers,
             use_gpu=settings.device == "cuda",
@@ -53,11 +55,18 @@ def learn_together(job: Job, settings: TrainingSettings, folder: Path) -> FineTu
 def _do_share(given: dict[str, Any]) -> FineTuned | Exception | None:
     """Runs in each worker; the first returns what all have found."""
     os.nice(NICE)
-    team = join_team()
+    context = get_context()
     job: Job = ray.get(given["job"])
     found: FineTuned | Exception
-    try:
-        found = job(team=team)
-    except (TailraceError, ValueError) as error:  # everyone's, and the same if tried again
-        found = error
-    return found if team.leads else None
+    with joined_team(
+        context.get_world_rank(),
+        context.get_world_size(),
+        host=ray.util.get_node_ip_address(),
+        backend=given["backend"],
+        agree=broadcast_from_rank_zero,
+    ) as team:
+        try:
+            found = job(team=team)
+        except (TailraceError, ValueError) as error:  # everyone's, and the same if tried again
+            found = error
+        return found if team.leads else None

@@ -18,9 +18,11 @@ from numpy.typing import NDArray
 
 from tailrace.catalogue import Catalogue, Flags, Rows
 from tailrace.events import Scalar, ShortText
+from tailrace.features import PRIOR_WEIGHTS
 from tailrace.ids import ItemId
 from tailrace.items import Fact, Item
 from tailrace.profile import Profile
+from tailrace.responses import gather_responses, topic_pulls
 from tailrace.text import now_interests
 
 Vector = NDArray[np.floating]
@@ -34,10 +36,9 @@ _SHARES: Mapping[Source, float] = {
     "trending": 0.25,
     "fresh": 0.2,
     "covisited": 0.1,
-    "interests": 0.1,
+    "interests": 0.2,
     "cold": 0.03,
 }
-_TOP_INTERESTS = 12
 _TREND_HALF_LIVES = (1, 2, 3, 4)  # 1 h, 6 h, 24 h, 7 d
 _FEW = Meta(max_length=64)  # conditions of one kind: each is a pass over the catalogue
 
@@ -165,13 +166,12 @@ def covisited(catalogue: Catalogue, profile: Profile, allowed_R: Flags, now_ms: 
     return rows[allowed_R[rows]][:limit]
 
 
-def of_interest(catalogue: Catalogue, interests: Mapping[str, float], allowed_R: Flags, limit: int) -> Rows:
-    """Returns the allowed rows with most of the user's strongest tags and entities, weighted, best first."""
+def of_interest(catalogue: Catalogue, pulls: Mapping[str, float], allowed_R: Flags, limit: int) -> Rows:
+    """Returns the allowed rows whose tags and entities draw the user most, best first. `pulls` is `topic_pulls`."""
     score_R = np.zeros(len(allowed_R), dtype=np.float64)
-    strongest = sorted(interests, key=lambda key: (-interests[key], key))[:_TOP_INTERESTS]
-    for key in strongest:
-        rows = catalogue.topic_rows(key)
-        score_R[rows[rows < len(score_R)]] += max(interests[key], 0.0)
+    for topic, pull in pulls.items():
+        rows = catalogue.topic_rows(topic)
+        score_R[rows[rows < len(score_R)]] += pull
     return _top(score_R, allowed_R & (score_R > 0), limit)
 
 
@@ -251,8 +251,9 @@ def _offers(
         offers["history"] = nearest(vectors_RD, request.history_D, allowed_R, limit)
     if profile.clicks.last_items:
         offers["covisited"] = covisited(catalogue, profile, allowed_R, now_ms, limit)
-    if interests := now_interests(profile, now_ms):
-        offers["interests"] = of_interest(catalogue, interests, allowed_R, limit)
+    responses = gather_responses(profile, catalogue.topics, now_ms)
+    if pulls := topic_pulls(now_interests(profile, now_ms), responses, PRIOR_WEIGHTS):
+        offers["interests"] = of_interest(catalogue, pulls, allowed_R, limit)
     offers["trending"] = trending(catalogue, allowed_R, now_ms, limit)
     offers["fresh"] = fresh(catalogue, allowed_R, limit)
     offers["cold"] = cold(catalogue, allowed_R, now_ms, limit, rng)

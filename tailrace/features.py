@@ -20,12 +20,12 @@ from tailrace.errors import InvalidRecord
 from tailrace.events import Context
 from tailrace.neighbours import COVISIT_NAMES, OVERLAP_NAMES, covisit_columns, overlap_columns
 from tailrace.profile import Profile
-from tailrace.responses import gather_responses, sum_over
+from tailrace.responses import TOPIC_NAMES, gather_responses, topic_columns
 from tailrace.text import TEXT_VERSION, is_mobile, local_time, now_interests
 
 Column = NDArray[np.floating] | float
 
-FEATURE_VERSION = 2
+FEATURE_VERSION = 3
 HALF_LIFE_NAMES = ("15m", "1h", "6h", "24h", "7d")
 HEAT_KINDS = ("users", "rated_up")
 HEAT_FLOOR = 0.05  # heat is log(1 + sum / floor): tells a faint trace from none at all, where log1p sees only zeros
@@ -69,8 +69,7 @@ def _feature_names() -> tuple[str, ...]:
     names += [f"log_since_touch_{number}" for number in (1, 2, 3, 4)]
     names += ["cos_user", "cos_query", "cos_history", "cos_recent"]
     names += [f"rank_{name}" for name in _RANKED]
-    names += ["tag_affinity", "entity_affinity", "tag_response", "entity_response", "tag_exposure"]
-    names += [*COVISIT_NAMES, *OVERLAP_NAMES, "shown_to_user", "log_since_shown", "touched_by_user"]
+    names += [*TOPIC_NAMES, *COVISIT_NAMES, *OVERLAP_NAMES, "shown_to_user", "log_since_shown", "touched_by_user"]
     names += [*_VISIT_NAMES, "visit_idle"]
     names += ["user_events", "user_idle", "user_day", "user_interests", "user_known"]
     names += ["query_given", "hour_sin", "hour_cos", "weekend", "mobile"]
@@ -98,11 +97,11 @@ PRIOR_WEIGHTS: Mapping[str, float] = {
     "covisit": 0.5,
     "cos_user": 2.0,
     "cos_history": 4.0,
-    "cos_query": 25.0,  # a query says outright what is wanted: more than all the rest together
+    "cos_query": 60.0,  # a query says outright what is wanted: more than all the rest together
     "tag_affinity": 6.0,
     "entity_affinity": 2.0,
-    "tag_response": 4.0,
-    "entity_response": 0.5,
+    "tag_response": 28.0,  # what was passed over as well as clicked: where it is known, nothing tells more
+    "entity_response": 3.5,
     "shown_to_user": -0.5,
     "touched_by_user": -3.0,
 }
@@ -133,8 +132,8 @@ def compute_features(
         "cos_recent": cosines.recent_N,
     }
     interests = now_interests(profile, now_ms)
-    columns |= _affinity_columns(catalogue, rows_N, interests)
-    columns |= _response_columns(catalogue, rows_N, profile, now_ms)
+    responses = gather_responses(profile, catalogue.topics, now_ms)
+    columns |= topic_columns(catalogue.split_topics_at(rows_N.tolist()), interests, responses)
     columns |= covisit_columns(catalogue, rows_N, held, profile, now_ms)
     columns |= overlap_columns(catalogue, held, profile, now_ms)
     columns |= _fatigue_columns(catalogue, rows_N, profile, now_ms)
@@ -240,28 +239,6 @@ def last_visit_ms(profile: Profile, now_ms: int) -> int | None:
             return touch.at_ms
         later_ms = min(later_ms, touch.at_ms)
     return None
-
-
-def _affinity_columns(catalogue: Catalogue, rows_N: Rows, interests: Mapping[str, float]) -> dict[str, Column]:
-    """Cosines between the user's decayed interests and each item's tags, or entities, as sparse vectors."""
-    tag_norm = sum(weight**2 for key, weight in interests.items() if key.startswith("tag:")) ** 0.5 or 1.0
-    entity_norm = sum(weight**2 for key, weight in interests.items() if not key.startswith("tag:")) ** 0.5 or 1.0
-    topics_N = catalogue.split_topics_at(rows_N.tolist())
-    return {
-        "tag_affinity": sum_over(interests, [topics.tags for topics in topics_N]) / tag_norm,
-        "entity_affinity": sum_over(interests, [topics.entities for topics in topics_N]) / entity_norm,
-    }
-
-
-def _response_columns(catalogue: Catalogue, rows_N: Rows, profile: Profile, now_ms: int) -> dict[str, Column]:
-    responses = gather_responses(profile, catalogue.topics, now_ms)
-    topics_N = catalogue.split_topics_at(rows_N.tolist())
-    tags_N = [topics.tags for topics in topics_N]
-    return {
-        "tag_response": sum_over(responses.log_lift, tags_N),
-        "entity_response": sum_over(responses.log_lift, [topics.entities for topics in topics_N]),
-        "tag_exposure": np.log1p(sum_over(responses.shown, tags_N)),
-    }
 
 
 def _fatigue_columns(catalogue: Catalogue, rows_N: Rows, profile: Profile, now_ms: int) -> dict[str, Column]:

@@ -1,7 +1,9 @@
-"""How a user has received what was shown to them, by tag and by entity: clicks against showings. Pure.
+"""What a user makes of tags and entities: interests, and how they received what was shown to them. Pure.
 
 Interests grow with clicks alone, so they cannot tell a tag that was shown fifty times and clicked once from one that
 was shown once and clicked once. A response can, and it says what passing over means, which nobody reports as an event.
+
+Shapes: N candidates.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tailrace.catalogue import Topics
 from tailrace.ids import ItemId
 from tailrace.profile import INTEREST_HALF_LIFE_MS, Profile
 
@@ -17,6 +20,8 @@ from tailrace.profile import INTEREST_HALF_LIFE_MS, Profile
 # `tailrace.world`, where half of it or less ranks worse than interests do, and twice of it no better.
 _PRIOR_CLICKS = 8.0
 _USUAL_RATE, _USUAL_WEIGHT = 0.05, 40.0  # clicks per item shown, before a user has a rate of their own
+
+TOPIC_NAMES = ("tag_affinity", "entity_affinity", "tag_response", "entity_response", "tag_exposure")
 
 TopicsOf = Callable[[ItemId], Sequence[str]]
 
@@ -30,19 +35,52 @@ class Responses:
 
 
 def gather_responses(profile: Profile, topics_of: TopicsOf, now_ms: int) -> Responses:
-    """Returns the responses to every topic of the items that the profile remembers as shown or clicked.
+    """Returns the responses to every topic of the items that the profile remembers as shown.
 
-    Both fade as interests do. An item clicked without being shown, as on a site that logs no impressions, speaks for
-    its topics all the same.
+    Showings and clicks fade as interests do. An item clicked without being shown, as on a site that logs no
+    impressions, tells nothing here: nobody knows what was passed over for it.
     """
-    clicked, num_clicks = _by_topic(profile.clicks.seen, topics_of, now_ms)
-    shown, num_shown = _by_topic(profile.impressions.seen, topics_of, now_ms)
+    seen = profile.impressions.seen
+    shown, num_shown = _by_topic(seen, topics_of, now_ms)
+    answered = {item_id: held for item_id, held in profile.clicks.seen.items() if item_id in seen}
+    clicked, num_clicks = _by_topic(answered, topics_of, now_ms)
     rate = (num_clicks + _USUAL_RATE * _USUAL_WEIGHT) / (num_shown + _USUAL_WEIGHT)
     log_lift = {
         topic: float(np.log((clicked.get(topic, 0.0) + _PRIOR_CLICKS) / (rate * shown.get(topic, 0.0) + _PRIOR_CLICKS)))
-        for topic in clicked.keys() | shown.keys()
+        for topic in shown
     }
     return Responses(log_lift, shown)
+
+
+def topic_columns(
+    topics_N: Sequence[Topics], interests: Mapping[str, float], responses: Responses
+) -> Mapping[str, NDArray[np.float64]]:
+    """Returns columns [N] by the names in TOPIC_NAMES.
+
+    Affinities are cosines between the user's decayed interests and each item's tags, or entities, as sparse vectors.
+    """
+    tag_norm, entity_norm = _norms(interests)
+    tags_N, entities_N = [topics.tags for topics in topics_N], [topics.entities for topics in topics_N]
+    return {
+        "tag_affinity": sum_over(interests, tags_N) / tag_norm,
+        "entity_affinity": sum_over(interests, entities_N) / entity_norm,
+        "tag_response": sum_over(responses.log_lift, tags_N),
+        "entity_response": sum_over(responses.log_lift, entities_N),
+        "tag_exposure": np.log1p(sum_over(responses.shown, tags_N)),
+    }
+
+
+def topic_pulls(
+    interests: Mapping[str, float], responses: Responses, weights: Mapping[str, float]
+) -> Mapping[str, float]:
+    """Returns what each topic adds to an item's score where `topic_columns` are weighed so: for drawing candidates."""
+    tag_norm, entity_norm = _norms(interests)
+    pulls: dict[str, float] = {}
+    for topic in interests.keys() | responses.log_lift.keys():
+        kind, norm = ("tag", tag_norm) if topic.startswith("tag:") else ("entity", entity_norm)
+        affinity, response = interests.get(topic, 0.0) / norm, responses.log_lift.get(topic, 0.0)
+        pulls[topic] = weights[f"{kind}_affinity"] * affinity + weights[f"{kind}_response"] * response
+    return pulls
 
 
 def sum_over(weights: Mapping[str, float], topics_N: Sequence[Sequence[str]]) -> NDArray[np.float64]:
@@ -52,6 +90,12 @@ def sum_over(weights: Mapping[str, float], topics_N: Sequence[Sequence[str]]) ->
     sums_N = np.bincount(np.repeat(np.arange(len(topics_N)), sizes_N), weights=found, minlength=len(topics_N))
     result: NDArray[np.float64] = sums_N / np.sqrt(np.maximum(sizes_N, 1))
     return result
+
+
+def _norms(interests: Mapping[str, float]) -> tuple[float, float]:
+    tags = sum(weight**2 for key, weight in interests.items() if key.startswith("tag:"))
+    entities = sum(weight**2 for key, weight in interests.items() if not key.startswith("tag:"))
+    return tags**0.5 or 1.0, entities**0.5 or 1.0
 
 
 def _by_topic(

@@ -5,8 +5,13 @@ mean over. Its gradient reaches the weights through a process's own scores alone
 would have found. A process alone is a team of one, which sends nothing.
 """
 
-from collections.abc import Iterable
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import Literal
 
 import torch
 from torch import Tensor, distributed
@@ -58,6 +63,31 @@ class Team:
 ALONE = Team()
 
 
-def join_team() -> Team:
-    """Returns the place of this process in torch's process group, which whoever started the process has set up."""
-    return Team(distributed.get_rank(), distributed.get_world_size())
+@contextmanager
+def joined_team(
+    rank: int,
+    size: int,
+    *,
+    host: str,
+    backend: Literal["gloo", "nccl"],
+    agree: Callable[[tuple[str, int]], tuple[str, int]],
+) -> Iterator[Team]:
+    """Joins this process to its team while the block lasts. `host` is the address by which the others reach it.
+
+    All meet where the first says: `agree` returns to everyone what the first gave it. Left to itself torch listens for
+    them on every interface.
+    """
+    if ip_address(host).is_loopback:
+        loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+        os.environ |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
+    leads = rank == 0
+    with socket.create_server((host, 0)) as listener:
+        meeting_host, port = agree(listener.getsockname()[:2])
+        store = distributed.TCPStore(
+            meeting_host, port, size, is_master=leads, master_listen_fd=listener.detach() if leads else None
+        )
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
+    try:
+        yield Team(rank, size)
+    finally:
+        distributed.destroy_process_group()

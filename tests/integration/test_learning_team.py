@@ -12,6 +12,7 @@ import torch
 
 from deploy.learning_team import learn_together
 from deploy.ray_cluster import ray_cluster
+from tests.servers import listening_beyond_loopback
 from tests.unit.test_fine_tune import change
 from tests.unit.test_team import make_job, without_key_biases
 from training.fine_tune import FineTuned, Job, learn_alone
@@ -29,11 +30,20 @@ def cluster() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class KilledOnce:
-    """A job whose first worker, which writes the checkpoints, is killed the first time it has come so far."""
+    """A job whose first worker, which writes the checkpoints, is killed the first time it has come so far.
+
+    Just before, it writes to `exposed` which ports the team and its Ray let other machines reach.
+    """
 
     job: Job
     at_step: int
     folder: Path
+    root_pid: int
+
+    @property
+    def exposed(self) -> Path:
+        """Where the ports are written to."""
+        return self.folder / "exposed"
 
     def __call__(self, *, team: Team) -> FineTuned:
         """Returns what the job does, the second time."""
@@ -42,6 +52,7 @@ class KilledOnce:
             been_here = self.folder / "been-here"
             if what == "learn" and done == self.at_step and not been_here.exists():
                 been_here.touch()
+                self.exposed.write_text("\n".join(listening_beyond_loopback(self.root_pid)))
                 os.kill(os.getpid(), signal.SIGKILL)
 
         return partial(self.job, progress=die, checkpoint_every_s=0.0)(team=team)
@@ -49,12 +60,12 @@ class KilledOnce:
 
 @pytest.mark.timeout(600)  # two starts of a team, niced
 def test_worker_killed_while_learning_is_replaced_and_all_end_with_the_weights_of_one(tmp_path: Path) -> None:
-    job = KilledOnce(make_job(tmp_path / "together", SETTINGS), at_step=12, folder=tmp_path)
+    job = KilledOnce(make_job(tmp_path / "together", SETTINGS), at_step=12, folder=tmp_path, root_pid=os.getpid())
     together = learn_together(job, SETTINGS, tmp_path / "ray")
     alone = learn_alone(make_job(tmp_path / "alone", SETTINGS))
     assert (together.resumed, alone.resumed) == (True, False)
     assert [r.losses for r in together.history] == [pytest.approx(r.losses, rel=1e-4) for r in alone.history]
-    assert (tmp_path / "been-here").exists()
+    assert job.exposed.read_text() == ""
     found, expected = together.ranker.state_dict(), alone.ranker.state_dict()
     for name, weight in found.items():
         torch.testing.assert_close(

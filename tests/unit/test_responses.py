@@ -1,8 +1,11 @@
 """What a user made of what was shown to them, by topic."""
 
+import pytest
+
+from tailrace.catalogue import Topics
 from tailrace.ids import ItemId, UserId
 from tailrace.profile import INTEREST_HALF_LIFE_MS, Profile, apply_seen
-from tailrace.responses import Responses, gather_responses, sum_over
+from tailrace.responses import Responses, gather_responses, sum_over, topic_columns, topic_pulls
 
 NOW_MS = 1_790_000_000_000
 TOPICS = {
@@ -43,10 +46,21 @@ def test_evidence_fades_towards_none_and_few_showings_say_little() -> None:
     assert strong < faded < 0 and strong < few < 0
 
 
-def test_clicks_without_impressions_and_unknown_items_do_no_harm() -> None:
-    found = responses({"unknown": 5}, {"ghost": 2, "unknown": 3})
+def test_clicks_without_impressions_tell_nothing_and_unknown_items_do_no_harm() -> None:
+    assert responses({}, {"ghost": 20}).log_lift == {}
+    found = responses({"unknown": 5, "ghost": 2}, {"ghost": 20, "unknown": 3})
     assert found.log_lift.keys() == {"tag:gothic", "author:A"}
-    assert found.log_lift["tag:gothic"] > 0
+    assert found.log_lift == responses({"unknown": 5, "ghost": 2}, {"ghost": 2, "unknown": 3}).log_lift
+
+
+def test_pull_of_a_topic_is_what_it_adds_to_an_item_that_has_it_alone() -> None:
+    weights = {"tag_affinity": 6.0, "tag_response": 28.0, "entity_affinity": 2.0, "entity_response": 3.5}
+    interests = {"tag:gothic": 3.0, "tag:war": -4.0, "author:A": 2.0}
+    known = responses({"ghost": 30, "war": 30}, {"ghost": 4})
+    for topic, pull in topic_pulls(interests, known, weights).items():
+        topics = Topics(tags=(topic,)) if topic.startswith("tag:") else Topics(entities=(topic,))
+        columns = topic_columns([topics], interests, known)
+        assert pull == pytest.approx(sum(weight * columns[name][0] for name, weight in weights.items()))
 
 
 def test_sums_are_over_each_items_topics_by_the_root_of_their_number() -> None:

@@ -2,18 +2,19 @@
 
 import multiprocessing
 from functools import partial
+from multiprocessing.queues import Queue
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, distributed
+from torch import Tensor
 
 from tailrace.settings import TrainingSettings
 from tests.unit.test_fine_tune import by_cosine, by_word, change, make_examples, never, small_ranker, tokenizer
 from training.checkpoints import EpochRecord
 from training.fine_tune import Job, fine_tune, learn_alone
-from training.team import join_team
+from training.team import joined_team
 
 KINDS = {
     "head": change(epochs=2),
@@ -58,13 +59,18 @@ def without_key_biases(name: str, weight: Tensor) -> Tensor:
     return weight.view(3, -1)[[0, 2]] if name.endswith("query_key_value.bias") else weight
 
 
-def learn_in_a_process(folder: Path, rank: int) -> None:
+def learn_in_a_process(folder: Path, rank: int, meeting: "Queue[tuple[str, int]]") -> None:
+    def agree(mine: tuple[str, int]) -> tuple[str, int]:
+        if rank == 0:
+            meeting.put(mine)
+            return mine
+        return meeting.get(timeout=60)
+
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
-    for kind, settings in KINDS.items():
-        found = make_job(folder / kind, settings)(team=join_team())
-        save_file(found.ranker.state_dict() | figures(found.history), folder / f"{kind}-{rank}")
-    distributed.destroy_process_group()
+    with joined_team(rank, 2, host="127.0.0.1", backend="gloo", agree=agree) as team:
+        for kind, settings in KINDS.items():
+            found = make_job(folder / kind, settings)(team=team)
+            save_file(found.ranker.state_dict() | figures(found.history), folder / f"{kind}-{rank}")
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +78,10 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where both of two processes have left what they found."""
     folder = tmp_path_factory.mktemp("team")
     context = multiprocessing.get_context("spawn")
-    members = [context.Process(target=learn_in_a_process, args=(folder, rank), daemon=True) for rank in range(2)]
+    meeting = context.Queue()
+    members = [
+        context.Process(target=learn_in_a_process, args=(folder, rank, meeting), daemon=True) for rank in range(2)
+    ]
     for member in members:
         member.start()
     for member in members:
