@@ -36,7 +36,7 @@ def learn_together(job: Job, settings: TrainingSettings, folder: Path) -> FineTu
             resources_per_worker={"CPU": settings.num_cpus},
             placement_strategy="SPREAD",
         ),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[arg-type]  # annotated as the class of Ray Train's first version
             name=uuid4().hex,  # a name used before would train nothing: checkpoints are the job's business
             storage_path=str(folder),
             failure_config=FailureConfig(max_failures=_RETRIES, controller_failure_limit=_RETRIES),
@@ -61,7 +61,7 @@ def _do_share(given: dict[str, Any]) -> FineTuned | Exception | None:
     with joined_team(
         context.get_world_rank(),
         context.get_world_size(),
-        host=ray.util.get_node_ip_address(),
+        host=ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]  # Ray leaves it untyped
         backend=given["backend"],
         agree=broadcast_from_rank_zero,
     ) as team:

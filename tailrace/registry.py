@@ -33,6 +33,7 @@ from tailrace.settings import KafkaSettings, Settings
 from tailrace.topics import tailrace_topics
 
 _MOVED_MEANWHILE = "someone else moved the pointer meanwhile: look at it and try again"
+_GENERATIONS_KEPT = 100
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -109,7 +110,8 @@ class Registry:
     def prune(self, keep: int) -> list[ModelVersion]:
         """Removes old bundles and returns their versions. Those that serve stay, and the newest `keep` beside them.
 
-        Newest by when they were published, so of the champions before this one the last stay, to roll back to.
+        Newest by when they were published, so of the champions before this one the last stay, to roll back to. Of the
+        pointer's generations a hundred stay, for whoever wants to see how it moved.
         """
         pointer = self.pointer()
         serving = set() if pointer is None else {pointer.champion, pointer.canary}
@@ -120,6 +122,8 @@ class Registry:
             # The manifest first: without it there is no bundle, however far this gets.
             self._files.clear("bundles", version, MANIFEST)
             self._files.clear("bundles", version)
+        for path in self._files.match("pointer", "*.json")[:-_GENERATIONS_KEPT]:
+            self._files.clear("pointer", PurePosixPath(path).name)
         return removed
 
     def manifest(self, version: ModelVersion) -> Manifest:

@@ -6,7 +6,7 @@ Shapes: E examples, B of them in a batch, N candidates.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,8 @@ from training.checkpoints import EpochRecord, Standing, load_checkpoint, save_ch
 from training.dataset import Corpus, Labels, Precision
 from training.learner import Learner
 from training.lessons import plan_batches
-from training.losses import anchor_loss, listwise_loss, ndcg, parent_loss, pointwise_loss, rating_loss
+from training.losses import anchor_loss, listwise_loss, parent_loss, pointwise_loss, rating_loss
+from training.stop_slice import StopSlice, pad_logits
 from training.trackers import Facts, Trackers, open_trackers
 
 BEST_KEPT = 3  # epochs whose weights are averaged
@@ -29,54 +30,6 @@ PLACE_RATE = 10.0  # learning rate of the position bias, in those of the head
 _WRITE_EVERY = 20  # steps between two points of a tracked curve
 
 Done = Callable[[int, int], None]  # steps done, steps in all
-
-
-@dataclass(frozen=True)
-class StopFigures:
-    """The stop slice under one model: mean listwise loss, the parent's with the same position bias, mean NDCG@10."""
-
-    loss: float
-    parent_loss: float
-    ndcg_10: float
-
-
-class StopSlice:
-    """The impressions that end training, with what the parent says of them."""
-
-    def __init__(self, corpus: Corpus, parent: Learner, precision: Precision, unshown_weight: float) -> None:
-        self._corpus, self._precision, self._unshown_weight = corpus, precision, unshown_weight
-        self._parent_logits = score_corpus(parent, corpus, precision, range(len(corpus)))
-
-    def measure(self, learner: Learner) -> StopFigures | None:
-        """Returns how the learner does, or None where no slate has a gain and so none can tell.
-
-        Clicks were logged under the parent's order, so a position bias left out would speak for the parent; both
-        models are given the learner's.
-        """
-        slates, loss, parent_loss, gained = 0, 0.0, 0.0, 0.0
-        everything = range(len(self._corpus))
-        found = score_corpus(learner, self._corpus, self._precision, everything)
-        for chosen in self._corpus.passes(everything):
-            labels = self._corpus.labels(chosen)
-            taught = int(((labels.gains * labels.shown).sum(1) > 0).sum())
-            if not taught:
-                continue
-            logits, parents = (
-                pad_logits([of[index] for index in chosen], labels.real) for of in (found, self._parent_logits)
-            )
-            with torch.no_grad():
-                bias = learner.place_bias(labels.shown)
-                losses = [
-                    listwise_loss(
-                        one + bias, labels.gains, labels.shown, labels.real, unshown_weight=self._unshown_weight
-                    )
-                    for one in (logits, parents)
-                ]
-            slates += taught
-            loss += taught * float(losses[0])
-            parent_loss += taught * float(losses[1])
-            gained += float(ndcg(logits, labels.gains, labels.shown).nansum())
-        return StopFigures(loss / slates, parent_loss / slates, gained / slates) if slates else None
 
 
 class Course:
@@ -282,26 +235,3 @@ def make_optimizer(learner: Learner, settings: TrainingSettings) -> torch.optim.
         lr=settings.head_learning_rate,
         fused=True,
     )
-
-
-def score_corpus(learner: Learner, corpus: Corpus, precision: Precision, among: Sequence[int]) -> dict[int, Tensor]:
-    """Returns the click logits [N] of examples by their number, on the CPU. A team shares the work out."""
-    learner.eval()
-    numbers, widths = list(among), corpus.widths
-    rows = {index: row for row, index in enumerate(numbers)}
-    said = torch.zeros(len(numbers), max((widths[index] for index in numbers), default=0), device=corpus.device)
-    for chosen in corpus.passes([index for index in numbers if corpus.team.owns(index)]):
-        with torch.no_grad():
-            logits = learner(corpus.batch(chosen), precision)[0]
-        said[[rows[index] for index in chosen], : logits.shape[1]] = logits
-    found = corpus.team.add_up(said).cpu()
-    return {index: row[: widths[index]] for index, row in zip(numbers, found, strict=True)}
-
-
-def pad_logits(logits: Sequence[Tensor | None], real_BN: Tensor) -> Tensor:
-    """Returns logits as [B,N], zeros where there are none."""
-    padded = torch.zeros(real_BN.shape)
-    for row, one in enumerate(logits):
-        if one is not None:
-            padded[row, : len(one)] = one
-    return padded.to(real_BN.device)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tailrace.settings import TrainingSettings
 from training.checkpoints import EpochRecord
-from training.course import Course, StopSlice, score_corpus
+from training.course import Course
 from training.dataset import Corpus, Precision
 from training.examples import Example
 from training.export import Progress
@@ -39,6 +39,7 @@ from training.learner import (
 from training.lessons import Lesson, choose_lessons
 from training.losses import best_scale
 from training.model import SplitRanker
+from training.stop_slice import StopSlice, score_corpus
 from training.team import ALONE, Team
 from training.trackers import Facts
 

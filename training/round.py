@@ -8,9 +8,9 @@ long as its parent still serves.
 import fcntl
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -24,25 +24,21 @@ from tailrace.events import ModelAnnouncement
 from tailrace.ids import ModelVersion
 from tailrace.registry import Registry, new_version
 from tailrace.rounds import Outcome, RoundLog, RoundRecord
-from tailrace.settings import Settings, TrainingSettings
-from training.contest import Contest, compare
-from training.examples import Example, JoinCounts
-from training.export import ExportReport, export_bundle, load_ranker
+from tailrace.settings import Settings
+from training.contest import compare
+from training.export import export_bundle, load_ranker
 from training.fine_tune import FineTuned, Job, fine_tune, learn_alone
-from training.gate import Guardrails, Verdict, decide
+from training.gate import Guardrails, decide
 from training.graphs import Precision
 from training.kinship import require_kinship
 from training.log_window import LogWindow, Window
-from training.record import TrainingRecord, load_record, save_record
-from training.report import RoundFacts, write_report
+from training.record import load_record, save_record
 from training.rescoring import BundleScorer
-from training.trackers import Facts, open_trackers
+from training.round_state import PLAN_FILE, Plan, Round, end_round, facts_of, split_by_time, training_record
 
 log = structlog.get_logger()
 
 STEPS = ("champion", "read", "learn", "export", "evaluate", "decide", "publish", "promote")
-_PLAN_FILE = "plan.json"
-_RECORDED = ("ndcg_10", "auc", "log_loss", "click_rate")
 
 Progress = Callable[[str, int, int], None]  # what is under way, done, in all
 
@@ -55,29 +51,6 @@ class FeedbackLog(Protocol):
 
     def read(self, window: LogWindow, progress: Progress) -> Window:
         """Returns the window's examples: the same ones however often it is read."""
-
-
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """What a round is about, fixed at its start; on disk, so that a killed round can be taken up again."""
-
-    version: ModelVersion
-    parent: ModelVersion
-    generation: int
-    window: LogWindow
-
-
-@dataclass(frozen=True)
-class Split:
-    """Fresh examples in time order, cut in three: learned from, stopped on, decided on."""
-
-    train: list[Example]
-    stop: list[Example]
-    holdout: list[Example]
-
-    @property
-    def learned_until_ms(self) -> int:
-        """The time of the first impression that was not learned from."""
-        return self.holdout[0].at_ms
 
 
 @dataclass(frozen=True)
@@ -94,23 +67,6 @@ class RoundParts:
     now: Callable[[], datetime] = lambda: datetime.now(UTC)
     progress: Progress = lambda step, done, total: None
     on_step: Callable[[str], None] = lambda step: None
-
-
-@dataclass
-class Round:
-    """What is known of a round so far; its report is made of it."""
-
-    plan: Plan
-    folder: Path
-    started_at: datetime
-    counts: JoinCounts | None = None
-    split: Split | None = None
-    replayed: int = 0
-    tuned: FineTuned | None = None
-    exported: ExportReport | None = None
-    contest: Contest | None = None
-    verdict: Verdict | None = None
-    took_s: dict[str, float] = field(default_factory=dict)
 
 
 def run_round(parts: RoundParts) -> RoundRecord:
@@ -132,6 +88,10 @@ def run_round(parts: RoundParts) -> RoundRecord:
             parts, pointer.champion, pointer.generation, champion_folder
         )
         this = Round(plan, rounds / plan.version, parts.now())
+
+        def end(outcome: Outcome, reason: str) -> RoundRecord:
+            return end_round(this, parts.rounds, training, outcome, reason, parts.now())
+
         try:
             with _timed(this, parts, "read"):
                 # 2. The feedback, joined; then cut by time, because that is how the model will meet it.
@@ -154,12 +114,12 @@ def run_round(parts: RoundParts) -> RoundRecord:
                         max_user_tokens=card.max_user_tokens,
                         max_item_tokens=card.max_item_tokens,
                         folder=this.folder,
-                        facts=_facts(plan),
+                        facts=facts_of(plan),
                         progress=parts.progress,
                     )
                 )
             if not this.tuned.better:
-                return _end(this, parts, "rejected", f"nothing was learned: {this.tuned.reason}")
+                return end("rejected", f"nothing was learned: {this.tuned.reason}")
             bundle = this.folder / "bundle"
             with _timed(this, parts, "export"):
                 # 4. Export and quantize, and prove that what was written says what was learned, of the same texts.
@@ -178,7 +138,7 @@ def run_round(parts: RoundParts) -> RoundRecord:
                     )
                     require_kinship(champion_folder, bundle)
                 except ParityError as error:
-                    return _end(this, parts, "rejected", f"the export strays: {error}")
+                    return end("rejected", f"the export strays: {error}")
             with _timed(this, parts, "evaluate"):
                 # 5. Both, as they would serve, on the newest impressions, which neither has learned from.
                 this.contest = compare(
@@ -197,10 +157,10 @@ def run_round(parts: RoundParts) -> RoundRecord:
                     this.contest.champion, this.contest.challenger, guardrails, settings.gate, seed=training.seed
                 )
             if not this.verdict.promoted:
-                return _end(this, parts, "rejected", "; ".join(this.verdict.reasons))
+                return end("rejected", "; ".join(this.verdict.reasons))
             with _timed(this, parts, "publish"):
                 # 7. Publish, the manifest last. From here on the version exists, and serves nobody.
-                save_record(_record(this), bundle)
+                save_record(training_record(this), bundle)
                 figures = {name: found.mean for name, found in this.contest.challenger.figures.items()}
                 if plan.version not in parts.registry.versions():  # a round killed after this step has published it
                     parts.registry.publish(
@@ -215,23 +175,13 @@ def run_round(parts: RoundParts) -> RoundRecord:
                     moved = parts.registry.promote(plan.version, generation=plan.generation)
                 parts.announce(moved)
                 parts.registry.prune(settings.registry.keep)
-            return _end(this, parts, "canary" if share > 0 else "promoted", "; ".join(this.verdict.reasons))
+            return end("canary" if share > 0 else "promoted", "; ".join(this.verdict.reasons))
         except NothingToLearn:
             shutil.rmtree(this.folder, ignore_errors=True)
             raise
         except Exception as error:
-            _end(this, parts, "failed", str(error) if isinstance(error, TailraceError) else repr(error))
+            end("failed", str(error) if isinstance(error, TailraceError) else repr(error))
             raise
-
-
-def split_by_time(fresh: Sequence[Example], training: TrainingSettings) -> Split:
-    """Returns the examples, oldest first, cut into train, stop and holdout. Raises NothingToLearn where too few."""
-    if len(fresh) < training.min_examples:
-        raise NothingToLearn(f"{len(fresh)} fresh impressions, where a round needs {training.min_examples}")
-    holdout = max(min(round(len(fresh) * training.holdout_share), training.max_holdout), 1)
-    stop = max(round(len(fresh) * training.stop_share), 1)
-    cut = len(fresh) - holdout
-    return Split(list(fresh[: cut - stop]), list(fresh[cut - stop : cut]), list(fresh[cut:]))
 
 
 def _plan(parts: RoundParts, champion: ModelVersion, generation: int, champion_folder: Path) -> Plan:
@@ -246,7 +196,7 @@ def _plan(parts: RoundParts, champion: ModelVersion, generation: int, champion_f
 def _unfinished(rounds: Path, champion: ModelVersion) -> Plan | None:
     """Returns the plan of a round that was killed, if its parent still serves; other leftovers are removed."""
     found: Plan | None = None
-    for path in sorted(rounds.glob(f"*/{_PLAN_FILE}")):
+    for path in sorted(rounds.glob(f"*/{PLAN_FILE}")):
         try:
             plan = msgspec.json.decode(path.read_bytes(), type=Plan)
         except msgspec.DecodeError:
@@ -261,90 +211,7 @@ def _unfinished(rounds: Path, champion: ModelVersion) -> Plan | None:
 
 def _keep_plan(this: Round) -> None:
     this.folder.mkdir(parents=True, exist_ok=True)
-    (this.folder / _PLAN_FILE).write_bytes(msgspec.json.encode(this.plan))
-
-
-def _record(this: Round) -> TrainingRecord:
-    assert this.split is not None and this.counts is not None
-    return TrainingRecord(
-        parent=this.plan.parent,
-        window=this.plan.window,
-        counts=this.counts,
-        learned_until_ms=this.split.learned_until_ms,
-        fresh=len(this.split.train),
-        replayed=this.replayed,
-    )
-
-
-def _end(this: Round, parts: RoundParts, outcome: Outcome, reason: str) -> RoundRecord:
-    """Writes the report and the record, removes what was only needed on the way, and returns the record."""
-    split, contest = this.split, this.contest
-    figures: dict[str, float] = {}
-    if contest is not None:
-        figures = {
-            f"{name}_{figure}": getattr(contest, name).figures[figure].mean
-            for name in ("champion", "challenger")
-            for figure in _RECORDED
-        }
-    record = RoundRecord(
-        version=this.plan.version,
-        parent=this.plan.parent,
-        outcome=outcome,
-        reason=reason,
-        started_at=this.started_at,
-        ended_at=parts.now(),
-        fresh=0 if split is None else len(split.train) + len(split.stop) + len(split.holdout),
-        replayed=this.replayed,
-        took_s=this.took_s,
-        metrics=figures,
-        report=_report(this),
-    )
-    parts.rounds.append(record)
-    # The bundle is in the registry or nowhere; without its plan a round is not taken up again.
-    (this.folder / _PLAN_FILE).unlink(missing_ok=True)
-    shutil.rmtree(this.folder / "bundle", ignore_errors=True)
-    for checkpoint in this.folder.glob("*.safetensors"):
-        checkpoint.unlink()
-    _conclude(this, record, parts.settings.training)
-    log.info("round ended", version=record.version, outcome=outcome, reason=reason, took_s=this.took_s)
-    return record
-
-
-def _facts(plan: Plan) -> Facts:
-    window = plan.window
-    return {"parent": plan.parent, "since_ms": window.since_ms, "cutoff_ms": window.cutoff_ms}
-
-
-def _conclude(this: Round, record: RoundRecord, training: TrainingSettings) -> None:
-    """Tells the trackers what became of the round: outcome, the gate's figures, both models' metrics, the report."""
-    checks = [] if this.verdict is None else this.verdict.checks
-    figures = {f"gate/{check.name}": check.figure for check in checks}
-    figures |= {f"metrics/{name}": figure for name, figure in record.metrics.items()}
-    with open_trackers(training, this.folder, _facts(this.plan)) as trackers:
-        trackers.conclude(f"{record.outcome}: {record.reason}", figures, Path(record.report) if record.report else None)
-
-
-def _report(this: Round) -> str:
-    """Writes the round's report and returns where it is; nothing where it ended before there was a verdict."""
-    if this.contest is None or this.verdict is None or this.tuned is None or this.counts is None:
-        return ""
-    tuned = this.tuned
-    history: list[dict[str, float | None]] = [
-        {**one.losses, "stop": one.stop_loss, "stop NDCG@10": one.stop_ndcg_10} for one in tuned.history
-    ]
-    facts = RoundFacts(
-        version=this.plan.version,
-        parent=this.plan.parent,
-        began_at=f"{this.started_at:%F %T %Z}",
-        read=msgspec.to_builtins(this.counts) | {"replayed": this.replayed, "learned from": tuned.lessons},
-        history=history,
-        champion=this.contest.champion,
-        challenger=this.contest.challenger,
-        verdict=this.verdict,
-        took_s=this.took_s,
-        notes=[tuned.reason, f"{tuned.impressions_per_s:.0f} impressions/s in {tuned.precision}"],
-    )
-    return str(write_report(this.folder, facts)[1])
+    (this.folder / PLAN_FILE).write_bytes(msgspec.json.encode(this.plan))
 
 
 @contextmanager

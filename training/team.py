@@ -83,7 +83,7 @@ def joined_team(
     leads = rank == 0
     with socket.create_server((host, 0)) as listener:
         meeting_host, port = agree(listener.getsockname()[:2])
-        store = distributed.TCPStore(
+        store = distributed.TCPStore(  # type: ignore[attr-defined]  # public, but not named in the module's exports
             meeting_host, port, size, is_master=leads, master_listen_fd=listener.detach() if leads else None
         )
     distributed.init_process_group(backend, store=store, rank=rank, world_size=size)

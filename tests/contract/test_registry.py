@@ -428,3 +428,19 @@ def test_prune_keeps_what_serves_and_the_newest(place: Place) -> None:
     assert place.registry.prune(2) == []
     assert not place.files.exists(f"{place.root}/bundles/{names[2]}")
     place.registry.fetch(names[1], place.cache)
+
+
+def test_prune_keeps_a_hundred_generations_of_the_pointer(place: Place) -> None:
+    place.registry.publish(place.source, version=V1)
+    place.registry.promote(V1)
+    for _ in range(51):
+        place.registry.pin(V1)
+        place.registry.unpin()
+    before = place.registry.pointer()
+    assert before is not None and before.generation == 103
+    place.registry.prune(2)
+    assert place.registry.pointer() == before
+    assert len(place.files.glob(f"{place.root}/pointer/*.json")) == 100
+    place.registry.pin(V1)
+    assert place.registry.pointer() != before
+
