@@ -13,12 +13,11 @@ from typing import Any
 
 import ray
 import structlog
-from kafka.errors import KafkaError
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
 from deploy.ray_cluster import NAMESPACE, NICE
-from tailrace.errors import NothingToLearn, RoundRunning, TailraceError
-from tailrace.registry import open_registry
+from tailrace.errors import NothingToLearn, Pinned, RoundRunning, TailraceError
+from tailrace.registry import Registry, open_registry
 from tailrace.rounds import RoundRecord
 from tailrace.settings import Settings
 from tailrace.status import load_spans
@@ -52,7 +51,7 @@ class TrainingActor:
 
         try:
             return run_round(round_parts(self._settings, _Teller(ray.get_runtime_context().current_actor)))
-        except (NothingToLearn, RoundRunning) as error:
+        except (NothingToLearn, Pinned, RoundRunning) as error:
             return str(error)
         finally:
             self._step = ("waiting", 0, 0)
@@ -118,16 +117,11 @@ def train_by_schedule(
 ) -> None:
     """Runs a round whenever one is due, and the watchdog all the while, until `stop` is set.
 
-    A round that fails, or whose process dies, is logged and recorded; the next is due as if it had run. Raises
-    RoundRunning where this cluster has a training job already.
+    A round that fails, whatever of, is logged and recorded; the next is due as if it had run. Raises RoundRunning
+    where this cluster has a training job already.
     """
     registry = open_registry(settings)
-    url = f"http://{settings.gateway.host}:{settings.gateway.port}"
-    watchdog = threading.Thread(
-        target=watch, args=(settings,), kwargs={"url": url, "registry": registry, "stop": stop}, name="watchdog"
-    )
-    with training_actor(settings) as actor:
-        watchdog.start()
+    with training_actor(settings) as actor, _watchdog(settings, registry):
         began, seen = time.monotonic(), 0
         while not stop.wait(_TICK_S):
             try:
@@ -136,16 +130,29 @@ def train_by_schedule(
                 canary_runs = pointer is not None and pointer.canary is not None
                 if not schedule.is_due(time.monotonic() - began, logged - seen, canary_runs=canary_runs):
                     continue
-                began = time.monotonic()
+                began, seen = time.monotonic(), logged  # whatever comes of it: not the same feedback again and again
                 found = _await_round(actor, show, stop)
                 if isinstance(found, RoundRecord):
-                    seen = logged
                     ended(found)
                 else:
                     log.info("no round", reason=found)
-            except (TailraceError, RayError, KafkaError, OSError) as error:
-                log.error("round failed; what serves is as it was", error=str(error).splitlines()[0])
-        watchdog.join()
+            except Exception as error:  # the next round may do better, and the watchdog must go on
+                log.error("round failed; what serves is as it was", error=(str(error) or repr(error)).splitlines()[0])
+
+
+@contextmanager
+def _watchdog(settings: Settings, registry: Registry) -> Iterator[None]:
+    """Watches canaries and fresh champions on a thread of its own while the block lasts."""
+    url, stop = f"http://{settings.gateway.host}:{settings.gateway.port}", threading.Event()
+    thread = threading.Thread(
+        target=watch, args=(settings,), kwargs={"url": url, "registry": registry, "stop": stop}, name="watchdog"
+    )
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def count_impressions(settings: Settings) -> int:

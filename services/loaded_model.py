@@ -67,7 +67,6 @@ class LoadedModel:
         self.precision = precision
         self.encodings = encodings
         self.tally = VersionTally()
-        self.failures = 0
         self.last_failure = ""
         self._scorer = scorer
         self._ranker = settings.ranker
@@ -203,7 +202,6 @@ class LoadedModel:
 
     def _failed(self, why: str) -> ScoringError:
         """Returns the error to raise, and remembers it."""
-        self.failures += 1
         self.last_failure = why
         return ScoringError(f"{self.version}: {why}")
 

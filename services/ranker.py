@@ -6,19 +6,24 @@ of a small pool, which meets the other requests in the model's queues.
 
 import asyncio
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
 
 import msgspec
 import numpy as np
 
 from services.bodies import Asked, RankedAnswer
 from services.candidates import nearest
+from services.encodings import EncodedItems
 from services.hot_swap import ModelSlot
 from services.loaded_model import LoadedModel
 from services.pages import SimilarItem
-from services.recommender import recommend
+from services.recommender import TextModel, recommend
+from services.scorer import EncodedUsers
 from tailrace.catalogue import Catalogue
-from tailrace.errors import NotReady, TooLate
+from tailrace.cosines import Floats
+from tailrace.errors import NotReady, ScoringError, TooLate
 from tailrace.ids import ItemId
 from tailrace.registry import open_registry
 from tailrace.settings import Settings
@@ -29,6 +34,35 @@ _WARM_UP_S = 60.0
 _WARM_UP_CANDIDATES = 50  # every graph has run and every user is encoded, in a quarter of a request's time
 _asked_decoder = msgspec.msgpack.Decoder(Asked)
 _encoder = msgspec.msgpack.Encoder()
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
+
+
+class _Watched:
+    """A model as one request meets it: remembers whether the model itself has failed this request."""
+
+    def __init__(self, model: LoadedModel) -> None:
+        self.version, self.encodings, self.failed = model.version, model.encodings, False
+        self._model = model
+
+    def encode_user(self, text: str, deadline: float) -> EncodedUsers:
+        return self._noting(self._model.encode_user, text, deadline)
+
+    def embed(self, text: str, deadline: float) -> Floats:
+        return self._noting(self._model.embed, text, deadline)
+
+    def score(
+        self, user: EncodedUsers, items: EncodedItems, features_NF: Floats, deadline: float
+    ) -> tuple[Floats, Floats]:
+        return self._noting(self._model.score, user, items, features_NF, deadline)
+
+    def _noting(self, call: Callable[Given, Result], *given: Given.args, **named: Given.kwargs) -> Result:
+        try:
+            return call(*given, **named)
+        except ScoringError:
+            self.failed = True
+            raise
 
 
 class Ranker:
@@ -89,17 +123,17 @@ class Ranker:
             left_s = asked.budget_s - (time.monotonic() - received)
             if left_s <= 0:
                 raise TooLate("the deadline passed while the request waited for a thread; nobody waits for it now")
-            failures = model.failures
+            watched = _Watched(model)
             try:
-                answer = self._recommend(msgspec.structs.replace(asked, budget_s=left_s), model)
+                answer = self._recommend(msgspec.structs.replace(asked, budget_s=left_s), watched)
             except Exception:
                 model.tally.note_no_answer()
                 raise
-            model.tally.note_answer(answer, failed=model.failures > failures)
+            model.tally.note_answer(answer, failed=watched.failed)
             self.slot.note_request(asked)
             return msgspec.structs.replace(answer, waiting=model.waiting)
 
-    def _recommend(self, asked: Asked, model: LoadedModel) -> RankedAnswer:
+    def _recommend(self, asked: Asked, model: TextModel) -> RankedAnswer:
         return recommend(asked, self._catalogue, model, self._settings.ranker, self._settings.slate)
 
     def _warm_up(self, asked: Asked, model: LoadedModel) -> RankedAnswer:

@@ -33,6 +33,7 @@ from tailrace.settings import KafkaSettings, Settings
 from tailrace.topics import tailrace_topics
 
 _MOVED_MEANWHILE = "someone else moved the pointer meanwhile: look at it and try again"
+_CHAMPIONS_KEPT = 3
 _GENERATIONS_KEPT = 100
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -83,10 +84,14 @@ class Registry:
         # 3. Upload every file, taking its sum on the way.
         sources = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
         sources.pop(MANIFEST, None)
-        files = {name: self._files.upload(sources[name], "bundles", version, name) for name in sorted(sources)}
-        for name, entry in (judged or {}).items():
-            if files.get(name) != entry:
-                raise BundleError(f"version {version}: {name} is not what was judged, so it is not published")
+        try:
+            files = {name: self._files.upload(sources[name], "bundles", version, name) for name in sorted(sources)}
+            for name, entry in (judged or {}).items():
+                if files.get(name) != entry:
+                    raise BundleError(f"version {version}: {name} is not what was judged, so it is not published")
+        except Exception:  # a full disk is the last place to leave half a bundle on
+            self._files.clear("bundles", version)
+            raise
         # 4. Write the manifest: from here on the bundle exists.
         manifest = Manifest(
             version=version,
@@ -108,13 +113,13 @@ class Registry:
         return sorted(ModelVersion(PurePosixPath(path).parent.name) for path in found)
 
     def prune(self, keep: int) -> list[ModelVersion]:
-        """Removes old bundles and returns their versions. Those that serve stay, and the newest `keep` beside them.
+        """Removes old bundles and returns their versions.
 
-        Newest by when they were published, so of the champions before this one the last stay, to roll back to. Of the
+        Those that serve stay, the last champions before, to roll back to, and the newest `keep` beside them. Of the
         pointer's generations a hundred stay, for whoever wants to see how it moved.
         """
         pointer = self.pointer()
-        serving = set() if pointer is None else {pointer.champion, pointer.canary}
+        serving = set() if pointer is None else {pointer.champion, pointer.canary, *pointer.history[-_CHAMPIONS_KEPT:]}
         others = [version for version in self.versions() if version not in serving]
         others.sort(key=lambda version: (self.manifest(version).created_at, version))
         removed = others[: max(len(others) - keep, 0)]
@@ -146,6 +151,11 @@ class Registry:
         self._check_no_extra(manifest)
         if self._files.local:
             return PublishedBundle(manifest, Path(self._files.path("bundles", version)))
+        # What the registry has let go of goes here, too. Whoever has such a file open keeps it until it is closed.
+        known = {*self.versions(), version}
+        for folder in cache_dir.glob("*/"):
+            if folder.name not in known:
+                shutil.rmtree(folder, ignore_errors=True)
         return PublishedBundle(
             manifest,
             cache_dir / version,
@@ -200,12 +210,12 @@ class Registry:
         """Makes `version`, which may be the canary, the champion. Raises Pinned while another is pinned."""
         return self._move(lambda now, at: moves.promoted(now, version, at), version, generation)
 
-    def start_canary(self, version: ModelVersion, share: float) -> ModelAnnouncement:
+    def start_canary(self, version: ModelVersion, share: float, *, generation: int | None = None) -> ModelAnnouncement:
         """Serves `version` to a share of the users beside the champion; the canary again: with another share.
 
         Raises Pinned, and ValueError for a share that is not above 0 and below 1.
         """
-        return self._move(lambda now, at: moves.with_canary(now, version, share, at), version)
+        return self._move(lambda now, at: moves.with_canary(now, version, share, at), version, generation)
 
     def rollback(self, *, generation: int | None = None) -> ModelAnnouncement:
         """Ends the canary; where none runs, makes the champion before this one serve again."""

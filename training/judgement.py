@@ -14,7 +14,8 @@ limit theory and asymptotic confidence sequences", Annals of Statistics 52(6), 2
 variance is taken between groups of users (Chamandy, Muralidharan and Wager, "Teaching statistics at Google scale",
 The American Statistician 69(4), 2015), not between impressions.
 
-A canary always ends: what is still open after four times the planned impressions is decided by the estimate.
+A canary always ends: what is still open after four times the planned impressions is decided by the estimate, and one
+that nobody meets is taken back in time (`gate.max_canary_s`).
 """
 
 import math
@@ -99,7 +100,7 @@ def judge(champion: Evidence, canary: Evidence, gate: GateSettings) -> Judgement
     # 3. Too close to tell, for too long.
     if canary.impressions < _PATIENCE * gate.canary_impressions:
         return Judgement("wait", f"not clear yet: {rates}")
-    if kept is not None and kept.estimate < 0.0:
+    if _rate(canary) < (1.0 - gate.max_click_loss) * _rate(champion):
         return Judgement("rollback", f"could not show that it keeps the clicks: {rates}")
     return Judgement("promote", f"no loss of clicks was found: {rates}")
 

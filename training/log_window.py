@@ -40,7 +40,7 @@ _PATIENCE_S = 30.0
 class LogWindow(msgspec.Struct, frozen=True, kw_only=True):
     """Which records a round reads: per "stream:partition" from the first offset up to, not including, the second.
 
-    It goes into the bundle's training record: the next round's fresh examples begin at this `cutoff_ms`.
+    It goes into the bundle's training record.
     """
 
     since_ms: int
@@ -72,7 +72,7 @@ def plan_window(
 ) -> LogWindow:
     """Returns the window that ends now. What is logged from here on is not in it. Raises BrokerUnavailable.
 
-    `fresh_since_ms` is the cut-off of the champion's own window; None: everything is fresh.
+    `fresh_since_ms` is the time of the first impression that the champion has not learned from; None: all are fresh.
     """
     since_ms = max(now_ms - round(training.window_s * 1000), 0)
     topics = tailrace_topics(kafka)

@@ -6,6 +6,7 @@ long as its parent still serves.
 """
 
 import fcntl
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from typing import Protocol, get_args
 import msgspec
 import structlog
 
-from tailrace.errors import BundleError, NothingToLearn, ParityError, RoundRunning, TailraceError
+from tailrace.errors import BundleError, NothingToLearn, ParityError, Pinned, RoundRunning, TailraceError
 from tailrace.events import ModelAnnouncement
 from tailrace.ids import ModelVersion
 from tailrace.registry import Registry, new_version
@@ -72,8 +73,9 @@ class RoundParts:
 def run_round(parts: RoundParts) -> RoundRecord:
     """Returns what became of the round, which the registry's rounds and the report say too.
 
-    Raises NothingToLearn where there is too little fresh feedback, and RoundRunning where another round runs on this
-    machine. Whatever else goes wrong is recorded as a failed round, and raised.
+    Raises NothingToLearn where there is too little fresh feedback, RoundRunning where another round runs on this
+    machine, Pinned where nothing could be promoted, and what keeps it from beginning. Whatever goes wrong after that is
+    recorded as a failed round, and raised.
     """
     settings, training = parts.settings, parts.settings.training
     rounds = settings.path("rounds")
@@ -83,10 +85,14 @@ def run_round(parts: RoundParts) -> RoundRecord:
         pointer = parts.registry.pointer()
         if pointer is None:
             raise BundleError("nothing serves yet: `tailrace models init` makes version 0")
+        if pointer.pinned:
+            raise Pinned(f"{pointer.champion} is pinned: no challenger could follow it")
         champion_folder = parts.registry.fetch(pointer.champion, settings.path("cache") / "bundles")
         plan = _unfinished(rounds, pointer.champion) or _plan(
             parts, pointer.champion, pointer.generation, champion_folder
         )
+        if pointer.canary not in (None, plan.version):
+            raise BundleError(f"{pointer.canary} is the canary: a round begins when it has been promoted or taken back")
         this = Round(plan, rounds / plan.version, parts.now())
 
         def end(outcome: Outcome, reason: str) -> RoundRecord:
@@ -161,20 +167,26 @@ def run_round(parts: RoundParts) -> RoundRecord:
             with _timed(this, parts, "publish"):
                 # 7. Publish, the manifest last. From here on the version exists, and serves nobody.
                 save_record(training_record(this), bundle)
-                figures = {name: found.mean for name, found in this.contest.challenger.figures.items()}
+                figures = {
+                    name: found.mean
+                    for name, found in this.contest.challenger.figures.items()
+                    if math.isfinite(found.mean)  # JSON knows no other numbers
+                }
                 if plan.version not in parts.registry.versions():  # a round killed after this step has published it
                     parts.registry.publish(
                         bundle, version=plan.version, parent=plan.parent, metrics=figures, judged=this.exported.files
                     )
             with _timed(this, parts, "promote"):
                 # 8. To a share of the users first, or to all; the pointer must be where it was when the round began.
+                # One that a killed round has made the canary only has to be announced again.
                 share = settings.gate.canary_share
+                expected = pointer.generation if pointer.canary == plan.version else plan.generation
                 if share > 0:
-                    moved = parts.registry.start_canary(plan.version, share)
+                    moved = parts.registry.start_canary(plan.version, share, generation=expected)
                 else:
-                    moved = parts.registry.promote(plan.version, generation=plan.generation)
+                    moved = parts.registry.promote(plan.version, generation=expected)
                 parts.announce(moved)
-                parts.registry.prune(settings.registry.keep)
+            _prune(parts.registry, settings.registry.keep)
             return end("canary" if share > 0 else "promoted", "; ".join(this.verdict.reasons))
         except NothingToLearn:
             shutil.rmtree(this.folder, ignore_errors=True)
@@ -207,6 +219,14 @@ def _unfinished(rounds: Path, champion: ModelVersion) -> Plan | None:
         else:
             shutil.rmtree(path.parent)
     return found
+
+
+def _prune(registry: Registry, keep: int) -> None:
+    """Removes old bundles. One that cannot be removed is no failure of a round whose challenger serves by now."""
+    try:
+        registry.prune(keep)
+    except (TailraceError, OSError) as error:
+        log.warning("old bundles could not be removed", error=str(error))
 
 
 def _keep_plan(this: Round) -> None:

@@ -1,5 +1,6 @@
 """A round as it stands: its plan, its examples, what is known of it so far, and how it ends."""
 
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -106,9 +107,10 @@ def end_round(
     figures: dict[str, float] = {}
     if contest is not None:
         figures = {
-            f"{name}_{figure}": getattr(contest, name).figures[figure].mean
+            f"{name}_{figure}": mean
             for name in ("champion", "challenger")
             for figure in _RECORDED
+            if math.isfinite(mean := getattr(contest, name).figures[figure].mean)  # JSON knows no other numbers
         }
     record = RoundRecord(
         version=this.plan.version,
@@ -123,7 +125,10 @@ def end_round(
         metrics=figures,
         report=_report(this),
     )
-    rounds.append(record)
+    try:
+        rounds.append(record)
+    except FileExistsError:  # killed after it was written, and taken up again: what it said stands
+        log.warning("the round is recorded already", version=record.version)
     # The bundle is in the registry or nowhere; without its plan a round is not taken up again.
     (this.folder / PLAN_FILE).unlink(missing_ok=True)
     shutil.rmtree(this.folder / "bundle", ignore_errors=True)

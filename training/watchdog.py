@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
@@ -65,14 +66,18 @@ class Watch:
         self.evidence.begin()
         self._pointer = pointer
 
-    def judge(self) -> tuple[ModelVersion, Judgement] | None:
+    def judge(self, now: datetime) -> tuple[ModelVersion, Judgement] | None:
         """Returns the version on trial and what to do with it; None when none is."""
         pointer = self._pointer
         if pointer is None or pointer.pinned:
             return None
         champion = self.evidence.of(pointer.champion)
         if pointer.canary is not None:
-            return pointer.canary, judge(champion, self.evidence.of(pointer.canary), self._gate)
+            judgement = judge(champion, self.evidence.of(pointer.canary), self._gate)
+            on_trial_s = (now - pointer.updated_at).total_seconds()
+            if judgement.action == "wait" and on_trial_s > self._gate.max_canary_s:
+                judgement = Judgement("rollback", f"undecided after {on_trial_s:.0f} s: {judgement.reason}")
+            return pointer.canary, judgement
         if pointer.reason == "promote" and pointer.history and champion.requests < _FRESH_REQUESTS:
             before = self._before.get(pointer.history[-1], NO_EVIDENCE)
             return pointer.champion, judge_fresh(before, champion, self._gate)
@@ -136,7 +141,7 @@ def watch(
             try:
                 with closing(_Feed(settings.kafka)) as feed:
                     while not stop.is_set():
-                        _look(watched, feed, client, registry, settings, decided, interval_s)
+                        _look(watched, feed, client, registry, settings, decided, interval_s, stop)
             except (KafkaError, BrokerUnavailable) as error:
                 log.warning("the watchdog lost the broker", error=str(error))
                 stop.wait(interval_s)
@@ -165,6 +170,7 @@ def _look(
     settings: Settings,
     decided: Decided,
     interval_s: float,
+    stop: threading.Event,
 ) -> None:
     try:
         # 1. Where the pointer is.
@@ -176,7 +182,7 @@ def _look(
         page = client.get("/v1/models").raise_for_status()
         watched.evidence.add_statuses(_page_decoder.decode(page.content).replicas)
         # 3. Judge.
-        found = watched.judge()
+        found = watched.judge(datetime.now(UTC))
         if pointer is None or found is None or found[1].action == "wait":
             return
         # 4. Act, unless another has moved the pointer since.
@@ -189,6 +195,7 @@ def _look(
         decided(version, judgement)
     except (BundleError, OSError, httpx.HTTPError, msgspec.MsgspecError) as error:
         log.warning("the watchdog could not look or act; looking again", error=str(error))
+        stop.wait(interval_s)
         return
     # 5. Tell the replicas. They find out by themselves where Kafka does not take it, only later.
     announce(settings.kafka, announcement)

@@ -444,3 +444,24 @@ def test_prune_keeps_a_hundred_generations_of_the_pointer(place: Place) -> None:
     place.registry.pin(V1)
     assert place.registry.pointer() != before
 
+
+def test_prune_keeps_the_champions_before_to_roll_back_to(place: Place) -> None:
+    names = [ModelVersion(f"v{number}") for number in range(9)]
+    for version in names:
+        place.registry.publish(place.source, version=version)
+    for version in names[:5]:
+        place.registry.promote(version)
+    place.registry.prune(1)
+    assert place.registry.versions() == [*names[1:5], names[8]]
+    place.registry.rollback()
+
+
+def test_canary_starts_only_where_the_pointer_still_is(place: Place) -> None:
+    for version in (V1, V2):
+        place.registry.publish(place.source, version=version)
+    place.registry.promote(V1)
+    place.registry.pin(V1)
+    place.registry.unpin()
+    with pytest.raises(BundleError, match="meanwhile"):
+        place.registry.start_canary(V2, 0.2, generation=1)
+    assert place.registry.start_canary(V2, 0.2, generation=3).canary == V2

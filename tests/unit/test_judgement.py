@@ -50,6 +50,7 @@ def test_a_canary_always_ends() -> None:
     assert judge(champion, evidence(0.119, 1200), GATE).action == "rollback"
     # One reader, ten readers, or no click at all: there is nothing to test, and nothing was found.
     assert judge(champion, evidence(0.15, 1200, users=1), GATE).action == "promote"
+    assert judge(champion, evidence(0.05, 1200, users=1), GATE).action == "rollback"
     assert judge(evidence(0.0, 20_000), evidence(0.0, 1200), GATE).action == "promote"
 
 

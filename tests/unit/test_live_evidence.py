@@ -1,6 +1,6 @@
 """What the watchdog counts: shown and clicked by version, and what replicas tell, which may start again at zero."""
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ from tailrace.settings import GateSettings
 from training.live_evidence import LiveEvidence, ReplicaStatus, VersionCounts
 from training.watchdog import Watch
 
+NOW = datetime(2026, 11, 23, 1, tzinfo=UTC)
 V1, V2 = ModelVersion("v1"), ModelVersion("v2")
 
 
@@ -140,11 +141,11 @@ def failing(version: str, requests: int, errors: int) -> ReplicaStatus:
 
 def test_first_champion_and_pinned_champion_are_not_on_trial() -> None:
     watched = Watch(GateSettings())
-    assert watched.judge() is None
+    assert watched.judge(NOW) is None
     watched.follow(pointer(1))
-    assert watched.judge() is None
+    assert watched.judge(NOW) is None
     watched.follow(pointer(2, champion=V2, history=[V1], reason="pin", pinned=True))
-    assert watched.judge() is None
+    assert watched.judge(NOW) is None
 
 
 def test_promoted_champion_is_compared_with_what_is_remembered_of_the_one_before() -> None:
@@ -155,7 +156,7 @@ def test_promoted_champion_is_compared_with_what_is_remembered_of_the_one_before
         watched.evidence.add_statuses([failing("v1", 200, errors_before)])
         watched.follow(pointer(2, champion=V2, history=[V1]))
         watched.evidence.add_statuses([failing("v2", 100, 40)])
-        judged = watched.judge()
+        judged = watched.judge(NOW)
         assert judged is not None
         assert (judged[0], judged[1].action) == (V2, action)
 
@@ -165,10 +166,10 @@ def test_champion_that_was_rolled_back_to_or_has_answered_enough_is_trusted() ->
     watched.follow(pointer(3, history=[V2], reason="rollback"))
     watched.evidence.add_statuses([failing("v1", 0, 0)])
     watched.evidence.add_statuses([failing("v1", 100, 100)])
-    assert watched.judge() is None
+    assert watched.judge(NOW) is None
     watched.follow(pointer(4, history=[V2]))
     watched.evidence.add_statuses([failing("v1", 1200, 100)])
-    assert watched.judge() is None
+    assert watched.judge(NOW) is None
 
 
 def test_counts_begin_anew_with_the_canary_so_that_both_are_judged_on_the_same_time() -> None:
@@ -181,6 +182,15 @@ def test_counts_begin_anew_with_the_canary_so_that_both_are_judged_on_the_same_t
     assert (watched.evidence.of(V1).requests, watched.evidence.of(V1).impressions) == (0, 0)
     watched.evidence.add_statuses([failing("v1", 150, 0)])
     assert watched.evidence.of(V1).requests == 50
-    judged = watched.judge()
+    judged = watched.judge(NOW)
     assert judged is not None
     assert (judged[0], judged[1].action) == (V2, "wait")
+
+
+def test_canary_that_nobody_meets_is_taken_back_in_time() -> None:
+    watched = Watch(GateSettings(max_canary_s=3600.0))
+    at = pointer(2, canary=V2, canary_share=0.2, reason="canary")
+    watched.follow(at)
+    for waited_s, action in ((3599, "wait"), (3601, "rollback")):
+        judged = watched.judge(at.updated_at + timedelta(seconds=waited_s))
+        assert judged is not None and judged[1].action == action
