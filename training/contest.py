@@ -11,6 +11,7 @@ from training.calibration import Platt, fit_platt
 from training.evaluate import Evaluation, evaluate
 from training.examination import fit_examination
 from training.examples import Example
+from training.item_moves import ItemMove, item_moves
 from training.popularity import count_popularity
 from training.rescoring import BundleScorer, Floats, encode_texts, latency_ratio, score_examples
 
@@ -22,11 +23,12 @@ Progress = Callable[[str, int, int], None]  # what is under way, done, in all
 
 @dataclass(frozen=True)
 class Contest:
-    """How both did, and how many times as long the challenger takes over a request."""
+    """How both did, how many times as long the challenger takes over a request, and the items it moves most."""
 
     champion: Evaluation
     challenger: Evaluation
     latency_ratio: float
+    moves: Sequence[ItemMove] = ()
 
 
 def compare(
@@ -49,7 +51,7 @@ def compare(
     calibrate_on, threads = calibrate_on[-_CALIBRATED:], settings.training.threads
     told = [*calibrate_on, *holdout]
     tables = [encode_texts(scorer, told, progress, threads=threads) for scorer in (champion, challenger)]
-    found = []
+    found, scores_by_model = [], []
     for name, scorer, table in zip(("champion", "challenger"), (champion, challenger), tables, strict=True):
 
         def tell(step: str, done: int, total: int, name: str = name) -> None:
@@ -58,6 +60,7 @@ def compare(
         weight = settings.slate.rating_weight
         rescore = partial(score_examples, scorer, rating_weight=weight, items=table, progress=tell, threads=threads)
         before, scores = rescore(calibrate_on), rescore(holdout)
+        scores_by_model.append(scores)
         found.append(
             evaluate(
                 holdout,
@@ -76,7 +79,7 @@ def compare(
         holdout[:_TIMED],
         num_candidates=settings.ranker.num_candidates,
     )
-    return Contest(found[0], found[1], ratio)
+    return Contest(found[0], found[1], ratio, item_moves(holdout, *scores_by_model))
 
 
 def _calibrate(examples: Sequence[Example], scores: Sequence[Floats]) -> Platt:

@@ -10,8 +10,6 @@ challenger must not be found worse either, however surely within the margin.
 Shapes: E examples, U readers, R resamples.
 """
 
-from dataclasses import dataclass
-
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
@@ -22,18 +20,6 @@ from training.slate_metrics import Reals, resample_sums
 
 LEAST_RANKED = 30  # slates with a gain; a bootstrap of fewer is too sure of itself
 LEAST_NEW_PLACES = 30  # first places that the champion gives to new items; the share of fewer is chance
-
-
-@dataclass(frozen=True)
-class Guardrails:
-    """What was found out about the challenger's bundle elsewhere.
-
-    `parity` is empty where `training.parity.require_parity` passed, else what it said. `latency_ratio` is of
-    `training.rescoring.latency_ratio`.
-    """
-
-    parity: str
-    latency_ratio: float
 
 
 class Check(msgspec.Struct, frozen=True):
@@ -53,22 +39,18 @@ class Verdict(msgspec.Struct, frozen=True):
     reasons: list[str]
     checks: list[Check]
 
-    @property
-    def text(self) -> str:
-        """What an operator reads: one line for the decision, one per check."""
-        lines = [("promoted: " if self.promoted else "not promoted: ") + "; ".join(self.reasons)]
-        return "\n".join(lines + [f"  {'ok  ' if check.passed else 'FAIL'} {check.text}" for check in self.checks])
-
 
 def decide(
     champion: Evaluation,
     challenger: Evaluation,
-    guardrails: Guardrails,
+    latency_ratio: float,
     settings: GateSettings,
     *,
     seed: int = 0,
 ) -> Verdict:
     """Returns the verdict on a challenger evaluated on the same examples as the champion.
+
+    `latency_ratio` is of `training.rescoring.latency_ratio`. Parity is proved before: `training.export`.
 
     Raises ValueError where the two were not: their slates that can tell differ.
     """
@@ -89,16 +71,9 @@ def decide(
             "{:+.3f}, at most {:+.3f}",
         ),
         _new_items_check(champion, challenger, settings),
-        Check(
-            "parity",
-            float(bool(guardrails.parity)),
-            0.0,
-            not guardrails.parity,
-            f"exported model strays from its source: {guardrails.parity}" if guardrails.parity else "parity holds",
-        ),
         _at_most(
             "latency",
-            guardrails.latency_ratio,
+            latency_ratio,
             settings.max_latency_ratio,
             "time to score, as a ratio to the champion's: {:.2f}, at most {:.2f}",
         ),

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from training.evaluate import CONFIDENCE, Evaluation
-from training.examples import Example
 from training.gate import Verdict
+from training.item_moves import ItemMove
 from training.ranking_metrics import Interval
 from training.report_plots import plot_intervals, plot_losses, plot_reliability
 
@@ -52,16 +51,6 @@ _STYLE = (
     "th{background:#f3f3f3}img{max-width:100%}@media(prefers-color-scheme:dark){body{background:#161616;color:#ddd}"
     "th{background:#2a2a2a}td,th{border-color:#444}img{background:#fff}}"
 )
-
-
-@dataclass(frozen=True)
-class ItemMove:
-    """An item whose place changed: mean place among the candidates it stood with, from 1, under each model."""
-
-    text: str
-    times: int
-    champion_place: float
-    challenger_place: float
 
 
 @dataclass(frozen=True)
@@ -108,28 +97,6 @@ def write_report(folder: Path, facts: RoundFacts) -> tuple[Path, Path]:
     pages[0].write_text(_markdown(title, sections), encoding="utf-8")
     pages[1].write_text(_html(title, sections), encoding="utf-8")
     return pages
-
-
-def item_moves(
-    examples: Sequence[Example],
-    champion: Sequence[NDArray[np.floating]],
-    challenger: Sequence[NDArray[np.floating]],
-    *,
-    most: int = 10,
-) -> list[ItemMove]:
-    """Returns the items that the challenger moves most, by mean change of place, risen and fallen together."""
-    places: dict[str, list[tuple[int, int]]] = {}
-    for example, usual, own in zip(examples, champion, challenger, strict=True):
-        ranks = [np.argsort(np.argsort(-np.nan_to_num(of, nan=-np.inf), kind="stable")) + 1 for of in (usual, own)]
-        for text, before, after in zip(example.texts, *(of.tolist() for of in ranks), strict=True):
-            places.setdefault(text, []).append((before, after))
-    moves = [
-        ItemMove(text, len(pairs), *(sum(column) / len(pairs) for column in zip(*pairs, strict=True)))
-        for text, pairs in places.items()
-    ]
-    # An item seen once may jump by chance: a change counts by the root of how often it was seen.
-    weight = {move.text: abs(move.champion_place - move.challenger_place) * move.times**0.5 for move in moves}
-    return sorted(moves, key=lambda move: (-weight[move.text], move.text))[:most]
 
 
 def _sections(facts: RoundFacts) -> list[tuple[str, list[_Block]]]:

@@ -29,7 +29,7 @@ from tailrace.settings import Settings
 from training.contest import compare
 from training.export import export_bundle, load_ranker
 from training.fine_tune import FineTuned, Job, fine_tune, learn_alone
-from training.gate import Guardrails, decide
+from training.gate import decide
 from training.graphs import Precision
 from training.kinship import require_kinship
 from training.log_window import LogWindow, Window
@@ -158,9 +158,9 @@ def run_round(parts: RoundParts) -> RoundRecord:
                 )
             with _timed(this, parts, "decide"):
                 # 6. Decide.
-                guardrails = Guardrails(parity="", latency_ratio=this.contest.latency_ratio)
+                contest = this.contest
                 this.verdict = decide(
-                    this.contest.champion, this.contest.challenger, guardrails, settings.gate, seed=training.seed
+                    contest.champion, contest.challenger, contest.latency_ratio, settings.gate, seed=training.seed
                 )
             if not this.verdict.promoted:
                 return end("rejected", "; ".join(this.verdict.reasons))

@@ -166,6 +166,7 @@ def _report(this: Round) -> str:
         challenger=this.contest.challenger,
         verdict=this.verdict,
         took_s=this.took_s,
+        moves=this.contest.moves,
         notes=[tuned.reason, f"{tuned.impressions_per_s:.0f} impressions/s in {tuned.precision}"],
     )
     return str(write_report(this.folder, facts)[1])

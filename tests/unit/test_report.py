@@ -12,9 +12,10 @@ import pytest
 from tailrace.settings import GateSettings
 from tests.made_up_slates import make_examples
 from training.evaluate import evaluate
-from training.gate import Guardrails, decide
+from training.gate import decide
+from training.item_moves import ItemMove, item_moves
 from training.popularity import count_popularity
-from training.report import FIGURES, ItemMove, RoundFacts, item_moves, write_report
+from training.report import FIGURES, RoundFacts, write_report
 
 NASTY = "<script>alert('1')</script> | *bold* & [link](javascript:x) <img src=x onerror=y>\n# heading"
 
@@ -39,7 +40,7 @@ def facts() -> RoundFacts:
         ],
         champion=champion,
         challenger=challenger,
-        verdict=decide(champion, challenger, Guardrails("", 1.07), GateSettings()),
+        verdict=decide(champion, challenger, 1.07, GateSettings()),
         took_s={"read": 3.21, "fine-tune": 45.6},
         moves=[ItemMove(NASTY, 1_200, 7.25, 2.5), *item_moves(examples, before, worths, most=3)],
         notes=["Nothing else of note."],
@@ -116,10 +117,10 @@ def test_no_users_text_stands_in_a_report(pages: tuple[Path, Path]) -> None:
 
 
 def test_a_refusal_says_why(facts: RoundFacts, tmp_path: Path) -> None:
-    verdict = decide(facts.challenger, facts.champion, Guardrails("int8: vectors max 0.4", 1.0), GateSettings())
+    verdict = decide(facts.challenger, facts.champion, float("nan"), GateSettings())
     markdown, _ = write_report(tmp_path, replace(facts, verdict=verdict, history=[], moves=(), notes=()))
     text = markdown.read_text().replace("\\", "")
-    assert "Not promoted. NDCG@10" in text and "int8: vectors max 0.4" in text and "| FAILED | parity |" in text
+    assert "Not promoted. NDCG@10" in text and "time to score" in text and "| FAILED | latency |" in text
     assert "loss.png" not in text and "Notes" not in text
 
 
