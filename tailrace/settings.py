@@ -176,7 +176,7 @@ class TrainingSettings(_Section, frozen=True, kw_only=True):
     kl_weight: Annotated[float, _doc("weight of staying near the parent's scores on replayed impressions")] = 0.1
     anchor_weight: Annotated[
         float, _doc("pull of the head towards its parent's weights, spread over all examples: few move it little")
-    ] = 100.0
+    ] = 30.0
     unshown_weight: Annotated[Share, _doc("weight of a candidate that was not shown, in the listwise loss")] = 0.2
     silent_share: Annotated[
         Share, _doc("share of the impressions on which nothing happened that are learned from, each for several")

@@ -44,6 +44,7 @@ from training.team import ALONE, Team
 from training.trackers import Facts
 
 MOST_PLACES = 50  # places of a slate with a bias of their own; further ones share the last
+_WAYS = (1.0, 0.5, 0.25)  # parts of the way from the parent to what was learned that are tried
 CALIBRATION_LESSONS = 1000  # enough to find the scale and the level of the logits
 
 
@@ -172,8 +173,11 @@ def fine_tune(
             torch.set_num_threads(settings.threads)
         course.run(partial(announce, "learn"), checkpoint_every_s)
 
-        # 7. The average of the best epochs or the best alone, whichever is better, if it beats the parent.
-        chosen, reason = _choose(course, new_learner(copy.deepcopy(parent)).to(device), stop_slice)
+        # 7. The average of the best epochs or the best alone, all the way from the parent or part of it: whichever does
+        #    best, if it beats the parent.
+        trial = new_learner(copy.deepcopy(parent)).to(device)
+        add_level(trial.ranker.head, level)
+        chosen, reason = _choose(course, trial, stop_slice)
         if chosen is None:
             result = ranker
         else:
@@ -257,26 +261,35 @@ def _choose(course: Course, trial: Learner, stop: StopSlice) -> tuple[dict[str, 
     """Returns the weights to keep and why, or None where the parent is as good.
 
     Averages of nearby weights are flatter and do better on what is new (Izmailov et al. 2018, "Averaging weights
-    leads to wider optima"). `trial` is a learner to try weights in.
+    leads to wider optima"), and so does part of the way from the parent (Wortsman et al. 2022, "Robust fine-tuning of
+    zero-shot models"). `trial` is a learner to try weights in; it comes with the parent's.
     """
     epochs = course.best_epochs()
     if not epochs:
         return None, "no slate of the stop slice has a gain, so nothing shows that the new weights are better"
+    start = trial.learned()
     tried = []
     for count in sorted({1, len(epochs)}):
         weights = [course.snapshots[epoch] for epoch in epochs[:count]]
         mean = {name: torch.stack([one[name] for one in weights]).mean(0) for name in weights[0]}
-        put_learned(trial.ranker, mean)
-        with torch.no_grad():
-            trial.position_bias.copy_(mean["position_bias"])
-        figures = stop.measure(trial)
-        assert figures is not None
-        tried.append((figures.loss, count, figures, mean))
-    _, count, figures, mean = min(tried, key=lambda one: one[:2])
+        for way in _WAYS:
+            # How much a place is looked at is no matter of the parent's: it has none.
+            part = {
+                name: weight if name == "position_bias" else torch.lerp(start[name], weight, way)
+                for name, weight in mean.items()
+            }
+            put_learned(trial.ranker, part)
+            with torch.no_grad():
+                trial.position_bias.copy_(part["position_bias"])
+            figures = stop.measure(trial)
+            assert figures is not None
+            tried.append((figures.loss - figures.parent_loss, count, -way, figures, part))
+    _, count, way, figures, part = min(tried, key=lambda one: one[:3])
     said = f"stop loss {figures.loss:.4f} against the parent's {figures.parent_loss:.4f}"
     if not figures.loss < figures.parent_loss:
         return None, f"no epoch beats the parent: {said}"
-    return mean, f"{said}, weights of {count} epochs averaged" if count > 1 else f"{said}, weights of the best epoch"
+    said += f", weights of {count} epochs averaged" if count > 1 else ", weights of the best epoch"
+    return part, said if way == -1.0 else f"{said}, {-way:.0%} of the way from the parent"
 
 
 def _fingerprint(
