@@ -258,7 +258,7 @@ class Trial:
         while True:
             told = msgspec.json.encode(self._slot.status())  # what goes over HTTP
             watched.evidence.add_statuses([msgspec.json.decode(told, type=ReplicaStatus)])
-            found = watched.judge()
+            found = watched.judge(pointer.updated_at)
             assert found is not None
             if found[1].action != "wait":
                 return found[1]
