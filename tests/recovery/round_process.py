@@ -5,6 +5,7 @@ Usage: python -m tests.recovery.round_process FOLDER [STEP]
 
 import os
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -117,6 +118,5 @@ def make_parts(settings: Settings, die_at: str = "") -> RoundParts:
     )
 
 
-def run_and_die(folder: Path, step: str) -> None:
-    """Runs a round in `folder` that kills this process when it begins the step."""
-    run_round(make_parts(make_settings(folder), step))
+if __name__ == "__main__":
+    run_round(make_parts(make_settings(Path(sys.argv[1])), *sys.argv[2:]))

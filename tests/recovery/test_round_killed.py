@@ -1,9 +1,10 @@
 """A trainer killed at every step of a round: what serves is as it was, and the next round succeeds."""
 
 import fcntl
-import multiprocessing
 import shutil
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from tailrace.ids import ModelVersion
 from tailrace.registry import open_registry
 from tailrace.rounds import open_round_log
 from tailrace.settings import Settings
-from tests.recovery.round_process import FIRST, make_parts, make_settings, publish_first, run_and_die
+from tests.recovery.round_process import FIRST, make_parts, make_settings, publish_first
 from training.round import STEPS, run_round
 from training.round_state import Plan
 
@@ -36,13 +37,9 @@ def data(first: Path, tmp_path: Path) -> Path:
 
 
 def run_until_killed(data: Path, step: str) -> None:
-    """Runs a round in a process that is killed at the step. Processes are forked from one that has torch imported."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.recovery.round_process"])
-    process = context.Process(target=run_and_die, args=(data, step))
-    process.start()
-    process.join(120)
-    assert process.exitcode == -signal.SIGKILL
+    """Runs a round in a process that is killed at the step."""
+    command = [sys.executable, "-m", "tests.recovery.round_process", str(data), step]
+    assert subprocess.run(command, check=False, timeout=240).returncode == -signal.SIGKILL
 
 
 def with_canary(settings: Settings, share: float) -> Settings:
