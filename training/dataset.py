@@ -260,9 +260,8 @@ class Corpus:
 
     def _pad_tokens(self, tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         lengths = torch.tensor([len(one) for one in tokens])
-        padded = torch.nn.utils.rnn.pad_sequence(
-            [torch.tensor(one) for one in tokens], batch_first=True, padding_value=self._pad_token
-        )
+        rows = [torch.tensor(one) for one in tokens]
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self._pad_token)
         mask = (torch.arange(padded.shape[1]) < lengths.unsqueeze(1)).long()
         return padded.to(self.device), mask.to(self.device)
 

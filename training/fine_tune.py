@@ -18,10 +18,10 @@ import msgspec
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from tailrace.settings import TrainingSettings
 from training.checkpoints import EpochRecord
+from training.chosen_weights import choose_weights
 from training.course import Course
 from training.dataset import Corpus, Precision
 from training.examples import Example
@@ -44,7 +44,6 @@ from training.team import ALONE, Team
 from training.trackers import Facts
 
 MOST_PLACES = 50  # places of a slate with a bias of their own; further ones share the last
-_WAYS = (1.0, 0.5, 0.25)  # parts of the way from the parent to what was learned that are tried
 CALIBRATION_LESSONS = 1000  # enough to find the scale and the level of the logits
 
 
@@ -177,7 +176,7 @@ def fine_tune(
         #    best, if it beats the parent.
         trial = new_learner(copy.deepcopy(parent)).to(device)
         add_level(trial.ranker.head, level)
-        chosen, reason = _choose(course, trial, stop_slice)
+        chosen, reason = choose_weights(course, trial, stop_slice)
         if chosen is None:
             result = ranker
         else:
@@ -255,41 +254,6 @@ def _calibrate(parent: Learner, corpus: Corpus, precision: Precision, unshown_we
         np.concatenate([lesson.example.clicked_N[:count] for lesson, count in zip(lessons, counts, strict=True)]),
         np.repeat([lesson.weight for lesson in lessons], counts),
     )
-
-
-def _choose(course: Course, trial: Learner, stop: StopSlice) -> tuple[dict[str, Tensor] | None, str]:
-    """Returns the weights to keep and why, or None where the parent is as good.
-
-    Averages of nearby weights are flatter and do better on what is new (Izmailov et al. 2018, "Averaging weights
-    leads to wider optima"), and so does part of the way from the parent (Wortsman et al. 2022, "Robust fine-tuning of
-    zero-shot models"). `trial` is a learner to try weights in; it comes with the parent's.
-    """
-    epochs = course.best_epochs()
-    if not epochs:
-        return None, "no slate of the stop slice has a gain, so nothing shows that the new weights are better"
-    start = trial.learned()
-    tried = []
-    for count in sorted({1, len(epochs)}):
-        weights = [course.snapshots[epoch] for epoch in epochs[:count]]
-        mean = {name: torch.stack([one[name] for one in weights]).mean(0) for name in weights[0]}
-        for way in _WAYS:
-            # How much a place is looked at is no matter of the parent's: it has none.
-            part = {
-                name: weight if name == "position_bias" else torch.lerp(start[name], weight, way)
-                for name, weight in mean.items()
-            }
-            put_learned(trial.ranker, part)
-            with torch.no_grad():
-                trial.position_bias.copy_(part["position_bias"])
-            figures = stop.measure(trial)
-            assert figures is not None
-            tried.append((figures.loss - figures.parent_loss, count, -way, figures, part))
-    _, count, way, figures, part = min(tried, key=lambda one: one[:3])
-    said = f"stop loss {figures.loss:.4f} against the parent's {figures.parent_loss:.4f}"
-    if not figures.loss < figures.parent_loss:
-        return None, f"no epoch beats the parent: {said}"
-    said += f", weights of {count} epochs averaged" if count > 1 else ", weights of the best epoch"
-    return part, said if way == -1.0 else f"{said}, {-way:.0%} of the way from the parent"
 
 
 def _fingerprint(

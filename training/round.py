@@ -6,7 +6,6 @@ long as its parent still serves.
 """
 
 import fcntl
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -35,7 +34,16 @@ from training.kinship import require_kinship
 from training.log_window import LogWindow, Window
 from training.record import load_record, save_record
 from training.rescoring import BundleScorer
-from training.round_state import PLAN_FILE, Plan, Round, end_round, facts_of, split_by_time, training_record
+from training.round_state import (
+    PLAN_FILE,
+    Plan,
+    Round,
+    end_round,
+    facts_of,
+    finite_means,
+    split_by_time,
+    training_record,
+)
 
 log = structlog.get_logger()
 
@@ -167,11 +175,7 @@ def run_round(parts: RoundParts) -> RoundRecord:
             with _timed(this, parts, "publish"):
                 # 7. Publish, the manifest last. From here on the version exists, and serves nobody.
                 save_record(training_record(this), bundle)
-                figures = {
-                    name: found.mean
-                    for name, found in this.contest.challenger.figures.items()
-                    if math.isfinite(found.mean)  # JSON knows no other numbers
-                }
+                figures = finite_means(this.contest.challenger)
                 if plan.version not in parts.registry.versions():  # a round killed after this step has published it
                     parts.registry.publish(
                         bundle, version=plan.version, parent=plan.parent, metrics=figures, judged=this.exported.files

@@ -15,6 +15,7 @@ from tailrace.ids import ModelVersion
 from tailrace.rounds import Outcome, RoundLog, RoundRecord
 from tailrace.settings import TrainingSettings
 from training.contest import Contest
+from training.evaluate import Evaluation
 from training.examples import Example, JoinCounts
 from training.export import ExportReport
 from training.fine_tune import FineTuned
@@ -99,6 +100,11 @@ def training_record(this: Round) -> TrainingRecord:
     )
 
 
+def finite_means(judged: Evaluation) -> dict[str, float]:
+    """Returns the figures by name but those that no slate could tell: JSON knows no NaN."""
+    return {name: found.mean for name, found in judged.figures.items() if math.isfinite(found.mean)}
+
+
 def end_round(
     this: Round, rounds: RoundLog, training: TrainingSettings, outcome: Outcome, reason: str, now: datetime
 ) -> RoundRecord:
@@ -106,12 +112,9 @@ def end_round(
     split, contest = this.split, this.contest
     figures: dict[str, float] = {}
     if contest is not None:
-        figures = {
-            f"{name}_{figure}": mean
-            for name in ("champion", "challenger")
-            for figure in _RECORDED
-            if math.isfinite(mean := getattr(contest, name).figures[figure].mean)  # JSON knows no other numbers
-        }
+        for name, judged in (("champion", contest.champion), ("challenger", contest.challenger)):
+            means = finite_means(judged)
+            figures |= {f"{name}_{figure}": means[figure] for figure in _RECORDED if figure in means}
     record = RoundRecord(
         version=this.plan.version,
         parent=this.plan.parent,

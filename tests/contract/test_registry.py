@@ -11,6 +11,7 @@ import fsspec
 import msgspec
 import pytest
 
+from tailrace.bundle import FileEntry
 from tailrace.errors import BundleError, Pinned
 from tailrace.ids import ModelVersion
 from tailrace.pointer import Pointer
@@ -465,3 +466,27 @@ def test_canary_starts_only_where_the_pointer_still_is(place: Place) -> None:
     with pytest.raises(BundleError, match="meanwhile"):
         place.registry.start_canary(V2, 0.2, generation=1)
     assert place.registry.start_canary(V2, 0.2, generation=3).canary == V2
+
+
+def test_bundle_that_is_refused_or_breaks_off_leaves_nothing_behind(place: Place) -> None:
+    judged = {"ranker.onnx": FileEntry(sha256="0" * 64, bytes=1)}
+    with pytest.raises(BundleError, match="not what was judged"):
+        place.registry.publish(place.source, version=V1, judged=judged)
+    assert not place.files.exists(f"{place.root}/bundles/{V1}")
+    assert place.registry.versions() == []
+
+
+def test_cache_lets_go_of_what_the_registry_has_let_go_of(place: Place) -> None:
+    if place.registry.url.startswith("memory:"):
+        for version in (V1, V2):
+            place.registry.publish(place.source, version=version)
+            place.registry.fetch(version, place.cache)
+        assert sorted(path.name for path in place.cache.iterdir()) == [V1, V2]
+        place.registry.promote(V2)
+        place.registry.prune(0)
+        place.registry.fetch(V2, place.cache)
+        assert sorted(path.name for path in place.cache.iterdir()) == [V2]
+    else:  # used in place
+        place.registry.publish(place.source, version=V1)
+        place.registry.fetch(V1, place.cache)
+        assert not place.cache.exists()

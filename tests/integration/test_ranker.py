@@ -3,9 +3,11 @@
 import asyncio
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from uuid import uuid4
 
@@ -17,8 +19,10 @@ from services.bodies import Asked, ModelStatus, RankedAnswer, RecommendationRequ
 from services.encodings import ItemEncodings
 from services.loaded_model import LoadedModel, ScoreJob
 from services.ranker import Ranker
+from services.scorer import EncodedUsers
 from stream.broker import LocalKafka
 from tailrace.catalogue import Catalogue
+from tailrace.errors import ScoringError
 from tailrace.events import Impression, encode
 from tailrace.features import FEATURE_NAMES, PRIOR_WEIGHTS
 from tailrace.ids import ModelVersion, RequestId, UserId
@@ -284,3 +288,31 @@ print("served")
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0 and "served" in done.stdout, done.stderr
+
+
+def test_only_the_request_that_the_model_failed_counts_as_an_error(
+    settings: Settings, start: Callable[[], Ranker], bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promote(settings, open_registry(settings), bundle, "v1")
+    produce_items(settings, "a")
+    ranker = start()
+    assert ranker.wait(30)
+    wait_until(lambda: [item.item_id for item in ask(ranker).items] == ["a"])
+    encode_user, meeting, fails = LoadedModel.encode_user, threading.Barrier(2), iter([True, False])
+
+    def encode_or_fail(model: LoadedModel, text: str, deadline: float) -> EncodedUsers:
+        meeting.wait(10)  # both requests are under way
+        if next(fails):
+            raise ScoringError("broken")
+        return encode_user(model, text, deadline)
+
+    def counted() -> tuple[int, int]:
+        counts = ranker.slot.status().versions[ModelVersion("v1")]
+        return counts.requests, counts.errors
+
+    requests, errors = counted()
+    monkeypatch.setattr(LoadedModel, "encode_user", encode_or_fail)
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(lambda _: ask(ranker), range(2)))
+    assert sorted(answer.degraded for answer in answers) == ["no_text", "none"]
+    assert counted() == (requests + 2, errors + 1)

@@ -4,6 +4,7 @@ import base64
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from math import nan
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ from training.evaluate import evaluate
 from training.gate import decide
 from training.item_moves import ItemMove, item_moves
 from training.popularity import count_popularity
+from training.ranking_metrics import Interval
 from training.report import FIGURES, RoundFacts, write_report
+from training.round_state import finite_means
 
 NASTY = "<script>alert('1')</script> | *bold* & [link](javascript:x) <img src=x onerror=y>\n# heading"
 
@@ -132,3 +135,8 @@ def test_items_that_moved_most_come_first_with_their_mean_places() -> None:
     assert item_moves(examples, before, after)[0] == ItemMove(first, 4, 3.0, 1.0)
     unmoved = item_moves(examples, worths, worths)
     assert all(move.champion_place == move.challenger_place for move in unmoved)
+
+
+def test_figures_that_no_slate_could_tell_are_left_out_of_records(facts: RoundFacts) -> None:
+    silent = replace(facts.champion, figures={"auc": Interval(nan, nan, nan), "click_rate": Interval(0.1, 0.1, 0.1)})
+    assert finite_means(silent) == {"click_rate": 0.1}

@@ -50,6 +50,7 @@ def test_clicks_without_impressions_tell_nothing_and_unknown_items_do_no_harm() 
     assert responses({}, {"ghost": 20}).log_lift == {}
     found = responses({"unknown": 5, "ghost": 2}, {"ghost": 20, "unknown": 3})
     assert found.log_lift.keys() == {"tag:gothic", "author:A"}
+    assert found.log_lift["tag:gothic"] > 0
     assert found.log_lift == responses({"unknown": 5, "ghost": 2}, {"ghost": 2, "unknown": 3}).log_lift
 
 
