@@ -185,6 +185,7 @@ def _as_example(met: Met) -> Example:
         texts=tuple(met.asked.items.texts_N),
         num_shown=count,
         features_NF=met.asked.features_NF,
+        tastes=met.asked.tastes,
         scores_N=prior_scores(met.asked.features_NF),
         propensities_N=nothing_N,
         gains_N=met.clicked_N.astype(np.float32),

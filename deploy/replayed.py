@@ -25,6 +25,8 @@ from tailrace.fold import fold_event
 from tailrace.ids import ItemId, UserId
 from tailrace.items import Item
 from tailrace.profile import Profile, current_context
+from tailrace.responses import gather_responses
+from tailrace.tastes import Tastes, make_tastes
 from tailrace.text import render_user
 
 _PARTITION = 0
@@ -40,6 +42,7 @@ class Asked:
     rows_N: Rows
     items: EncodedItems
     features_NF: Floats
+    tastes: Tastes
 
 
 class Replayed:
@@ -86,8 +89,10 @@ class Replayed:
         ready, items = encodings.gather(rows_N)
         assert ready.all(), "an item was not encoded before it was ranked"
         cosines = make_cosines(items.vectors_ND, user.vectors_BD[0], None, encodings.vectors[recent_rows])
-        features_NF = compute_features(catalogue, rows_N, profile, context, False, cosines, now_ms)
-        return Asked(user_text, user, rows_N, items, features_NF)
+        responses = gather_responses(profile, catalogue.topics, now_ms)
+        features_NF = compute_features(catalogue, rows_N, profile, context, False, cosines, now_ms, responses)
+        tags_N = [[] if item is None else item.tags for item in catalogue.items_at(rows_N)]
+        return Asked(user_text, user, rows_N, items, features_NF, make_tastes(responses.tastes, tags_N))
 
 
 def encode_all(model: LoadedModel, catalogue: Catalogue) -> None:
@@ -98,6 +103,7 @@ def encode_all(model: LoadedModel, catalogue: Catalogue) -> None:
 
 def score(model: LoadedModel, asked: Asked, rating_weight: float) -> Floats:
     """Returns float32 [N]: the utilities that order a slate, from the model's graphs."""
-    clicks_N, ratings_N = model.score(asked.user, asked.items, asked.features_NF, time.monotonic() + _PATIENCE_S)
+    deadline = time.monotonic() + _PATIENCE_S
+    clicks_N, ratings_N = model.score(asked.user, asked.items, asked.features_NF, asked.tastes, deadline)
     utilities_N: Floats = clicks_N + np.float32(rating_weight) * (ratings_N - 3.0)
     return utilities_N

@@ -60,6 +60,7 @@ def sample_slate(
         texts=tuple(texts[index] for index in kept_S.tolist()),
         num_shown=1 + min(num_hard, len(others)),
         features_NF=asked.features_NF[kept_S],
+        tastes=asked.tastes.among(kept_S),
         scores_N=prior_N[kept_S],
         propensities_N=np.full(len(kept_S), np.nan, dtype=np.float32),
         gains_N=taken_S.astype(np.float32),

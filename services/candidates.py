@@ -22,7 +22,7 @@ from tailrace.features import PRIOR_WEIGHTS
 from tailrace.ids import ItemId
 from tailrace.items import Fact, Item
 from tailrace.profile import Profile
-from tailrace.responses import gather_responses, topic_pulls
+from tailrace.responses import Responses, gather_responses, topic_pulls
 from tailrace.text import now_interests
 
 Vector = NDArray[np.floating]
@@ -80,6 +80,7 @@ class PoolRequest:
     exclude: Collection[ItemId] = ()
     filters: Filters = field(default_factory=Filters)
     keep_seen: bool = False
+    responses: Responses | None = None  # of the profile, where they have been gathered already
 
 
 @dataclass(frozen=True)
@@ -251,7 +252,7 @@ def _offers(
         offers["history"] = nearest(vectors_RD, request.history_D, allowed_R, limit)
     if profile.clicks.last_items:
         offers["covisited"] = covisited(catalogue, profile, allowed_R, now_ms, limit)
-    responses = gather_responses(profile, catalogue.topics, now_ms)
+    responses = request.responses or gather_responses(profile, catalogue.topics, now_ms)
     if pulls := topic_pulls(now_interests(profile, now_ms), responses, PRIOR_WEIGHTS):
         offers["interests"] = of_interest(catalogue, pulls, allowed_R, limit)
     offers["trending"] = trending(catalogue, allowed_R, now_ms, limit)

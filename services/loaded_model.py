@@ -30,6 +30,7 @@ from tailrace.errors import BundleError, ScoringError, TooLate
 from tailrace.features import FEATURE_NAMES
 from tailrace.ids import ModelVersion
 from tailrace.settings import RankerSettings, Settings
+from tailrace.tastes import Tastes
 from tailrace.text import TEXT_VERSION
 
 _USER_CACHE_BYTES = 64 * 1024 * 1024
@@ -46,6 +47,7 @@ class ScoreJob:
     user: EncodedUsers
     items: EncodedItems
     features_NF: Floats
+    tastes: Tastes
 
 
 class LoadedModel:
@@ -144,10 +146,10 @@ class LoadedModel:
         return held
 
     def score(
-        self, user: EncodedUsers, items: EncodedItems, features_NF: Floats, deadline: float
+        self, user: EncodedUsers, items: EncodedItems, features_NF: Floats, tastes: Tastes, deadline: float
     ) -> tuple[Floats, Floats]:
         """Returns click logits [N] and ratings [N]. Raises TooLate, Overloaded or ScoringError."""
-        job = ScoreJob(user, items, features_NF)
+        job = ScoreJob(user, items, features_NF, tastes)
         if self._queues is None:
             clicks_N, ratings_N = self._run(lambda: self._run_score([job])[0])
         else:
@@ -225,6 +227,8 @@ class LoadedModel:
             _stack_padded([job.items.states_NTH for job in jobs]),
             _stack_padded([job.items.mask_NT for job in jobs]),
             _stack_padded([job.features_NF for job in jobs]),
+            np.stack([job.tastes.user_V for job in jobs]),
+            _stack_padded([job.tastes.tags_NK for job in jobs]),
         )
         sizes = [len(job.features_NF) for job in jobs]
         return [(clicks_BN[index, :size], ratings_BN[index, :size]) for index, size in enumerate(sizes)]

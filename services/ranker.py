@@ -28,6 +28,7 @@ from tailrace.ids import ItemId
 from tailrace.registry import open_registry
 from tailrace.settings import Settings
 from tailrace.table_reader import TableReader
+from tailrace.tastes import Tastes
 from tailrace.telemetry import configure_logging
 
 _WARM_UP_S = 60.0
@@ -53,9 +54,9 @@ class _Watched:
         return self._noting(self._model.embed, text, deadline)
 
     def score(
-        self, user: EncodedUsers, items: EncodedItems, features_NF: Floats, deadline: float
+        self, user: EncodedUsers, items: EncodedItems, features_NF: Floats, tastes: Tastes, deadline: float
     ) -> tuple[Floats, Floats]:
-        return self._noting(self._model.score, user, items, features_NF, deadline)
+        return self._noting(self._model.score, user, items, features_NF, tastes, deadline)
 
     def _noting(self, call: Callable[Given, Result], *given: Given.args, **named: Given.kwargs) -> Result:
         try:

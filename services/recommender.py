@@ -32,7 +32,9 @@ from tailrace.features import (
 from tailrace.ids import EventId, ItemId, ModelVersion
 from tailrace.items import Item
 from tailrace.profile import Profile, decode_profile
+from tailrace.responses import gather_responses
 from tailrace.settings import RankerSettings, SlateSettings
+from tailrace.tastes import MOST_TAGS, Tastes, make_tastes
 from tailrace.text import now_interests, render_user
 
 # The share of a request's time that the text model may use; the rest is enough to answer without it.
@@ -55,7 +57,9 @@ class TextModel(Protocol):
     def embed(self, text: str, deadline: float) -> Floats:
         """Returns float32 [D]: the unit vector of a text."""
 
-    def score(self, user: Any, items: EncodedItems, features_NF: Floats, deadline: float) -> tuple[Floats, Floats]:
+    def score(
+        self, user: Any, items: EncodedItems, features_NF: Floats, tastes: Tastes, deadline: float
+    ) -> tuple[Floats, Floats]:
         """Returns click logits [N] and ratings [N], 1 to 5."""
 
 
@@ -79,6 +83,7 @@ def recommend(
     # 1. Who asks, and where they are.
     profile = Profile(request.user_id) if asked.profile is None else decode_profile(asked.profile)
     context = merge_context(request.context, profile, asked.request_id, now_ms)
+    responses = gather_responses(profile, catalogue.topics, now_ms)
     stages.end("profile")
 
     # 2. The user in words, and encoded: once, however many candidates follow.
@@ -103,6 +108,7 @@ def recommend(
             exclude=request.exclude,
             filters=request.filters,
             keep_seen=request.include_seen,
+            responses=responses,
         ),
         rng,
     )
@@ -111,11 +117,14 @@ def recommend(
 
     # 4. Fresh numbers beside the text.
     cosines = make_cosines(drawn.encoded.vectors_ND, user_D, query_D, recent_RD)
-    features_NF = compute_features(catalogue, drawn.rows_N, profile, context, query_D is not None, cosines, now_ms)
+    features_NF = compute_features(
+        catalogue, drawn.rows_N, profile, context, query_D is not None, cosines, now_ms, responses
+    )
+    tastes = make_tastes(responses.tastes, [item.tags for item in drawn.items_N])
     stages.end("features")
 
     # 5. Scores: from the model, or from the prior where the model is not there in time.
-    scores_N, degraded = _score(model, user, drawn.encoded, features_NF, slate_settings.rating_weight, deadline)
+    scores_N, degraded = _score(model, user, drawn.encoded, features_NF, tastes, slate_settings.rating_weight, deadline)
     if asked.profile_missing and degraded == "none":
         degraded = "no_profile"
     stages.end("score")
@@ -174,6 +183,7 @@ def recommend(
                 context=flat_context(context),
                 degraded=degraded,
                 profile_age_ms=profile_age_ms(profile, now_ms),
+                tastes=dict(responses.tastes),
             )
         )
     stages.end("impression")
@@ -220,13 +230,19 @@ def _encode(model: TextModel, text: str, query: str | None, deadline: float) -> 
 
 
 def _score(
-    model: TextModel, user: Any, items: EncodedItems, features_NF: Floats, rating_weight: float, deadline: float
+    model: TextModel,
+    user: Any,
+    items: EncodedItems,
+    features_NF: Floats,
+    tastes: Tastes,
+    rating_weight: float,
+    deadline: float,
 ) -> tuple[Floats, Degraded]:
     if len(features_NF) == 0:
         return np.zeros(0, dtype=np.float32), "none" if user is not None else "no_text"
     if user is not None:
         try:
-            clicks_N, ratings_N = model.score(user, items, features_NF, deadline)
+            clicks_N, ratings_N = model.score(user, items, features_NF, tastes, deadline)
             return clicks_N + rating_weight * (ratings_N - _NEUTRAL_RATING), "none"
         except OPTIONAL_FAILURES:
             pass  # the caller is told by the rung, and the rungs are counted
@@ -272,4 +288,5 @@ def _as_ranked(drawn: DrawnUp, features_NF: Floats, scores_N: Floats, index: int
         position=None if slot is None else slot.position,
         propensity=None if slot is None else slot.propensity,
         explored=slot is not None and slot.explored,
+        tags=drawn.items_N[index].tags[:MOST_TAGS],
     )

@@ -1,8 +1,8 @@
 """Scores, vectors and states from the ONNX graphs of a bundle. Needs onnxruntime, tokenizers and numpy, no torch.
 
 Shapes: B requests, N candidates, T states per item, H hidden size, D vector size (= H), F features, L-k layers above
-the split, h heads, d head size, U user tokens. Safe to call from several threads: sessions and tokenizers are fixed
-once loaded.
+the split, h heads, d head size, U user tokens, V buckets of tags, K tags of an item. Safe to call from several
+threads: sessions and tokenizers are fixed once loaded.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,6 +20,7 @@ from services.parts import Parts
 from tailrace.bundle import MODEL_CARD, Bundle, LooseBundle
 from tailrace.errors import BundleError, ProviderError
 from tailrace.model_card import RankerCard, load_ranker_card
+from tailrace.tastes import BUCKETS, NO_TAG
 
 Precision = Literal["int8", "fp16", "fp32"]
 Provider = Literal["cpu", "cuda"]
@@ -165,9 +166,12 @@ class Scorer:
         states_BNTH: NDArray[np.floating],
         mask_BNT: NDArray[np.bool_ | np.integer],
         features_BNF: Floats,
+        tastes_BV: Floats | None = None,
+        tags_BNK: NDArray[np.int64] | None = None,
     ) -> tuple[Floats, Floats]:
         """Returns click logits [B,N] and ratings [B,N] in 1..5 of each user's candidates.
 
+        `tastes_BV` and `tags_BNK` are those of `tailrace.tastes`; without them the users have none, the items no tags.
         What stands in padded candidates (an empty mask) is scored too and means nothing. In int8 the activations of
         a call share their scales, so candidates scored together move each other by quantization noise; in the float
         precisions they do not move at all. Raises ValueError where the features are not those of the model.
@@ -176,6 +180,9 @@ class Scorer:
         if features_BNF.shape != (batch, count, len(self.card.feature_names)):
             wanted = (batch, count, len(self.card.feature_names))
             raise ValueError(f"features have shape {features_BNF.shape}, where the model takes {wanted}")
+        if tastes_BV is None or tags_BNK is None:
+            tastes_BV = np.zeros((batch, BUCKETS), np.float32)
+            tags_BNK = np.full((batch, count, 1), NO_TAG, np.int64)
         # Where every token keeps its state, columns that no candidate fills are left out.
         if not self.card.item_states and count:
             num_states = max(int(np.asarray(mask_BNT, np.bool_).any((0, 1)).sum()), 1)
@@ -184,6 +191,7 @@ class Scorer:
             "user_values": users.values,
             "user_mask": users.mask,
             "user_vectors": users.vectors_BD,
+            "tastes": tastes_BV,
         }
         logits = np.zeros((batch, count), np.float32)
         ratings = np.zeros((batch, count), np.float32)
@@ -192,6 +200,7 @@ class Scorer:
                 "item_states": states_BNTH[:, part, :num_states].astype(np.float32),
                 "item_state_mask": mask_BNT[:, part, :num_states].astype(np.int64),
                 "features": features_BNF[:, part].astype(np.float32),
+                "tags": tags_BNK[:, part],
             }
             feeds = {name: value for name, value in feeds.items() if name in self._scorer_inputs}
             logits[:, part], ratings[:, part] = self._scorer.run(("click_logits", "ratings"), feeds)

@@ -109,7 +109,8 @@ class Context(Event, frozen=True, kw_only=True, omit_defaults=True):
 class Ranked(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A candidate as it was ranked: exactly what the model saw of it, and what came out.
 
-    `features` is base64 of little-endian float32, in the order of the impression's `feature_names_hash`.
+    `features` is base64 of little-endian float32, in the order of the impression's `feature_names_hash`; `tags` are
+    those that the impression's `tastes` were held against.
     `propensity` is the probability with which the logging policy put this item at this position, given the items at
     the positions before it: the chance of a whole slate is the product over its positions.
     """
@@ -122,13 +123,14 @@ class Ranked(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     position: int | None = None
     propensity: float | None = None
     explored: bool = False
+    tags: list[str] = []
 
 
 class Impression(Event, frozen=True, kw_only=True, omit_defaults=True):
     """An answer that was given: the slate, what it was ranked on, and under which model and policy.
 
     `shown` is the slate in order. `unshown` is a uniform sample of the candidates that lost, for training.
-    `event_id` equals `request_id`, so a retried write is one impression.
+    `event_id` equals `request_id`, so a retried write is one impression. `tastes` are the user's, by tag.
     """
 
     request_id: RequestIdField
@@ -142,6 +144,7 @@ class Impression(Event, frozen=True, kw_only=True, omit_defaults=True):
     context: dict[str, Scalar] = {}
     degraded: str = "none"
     profile_age_ms: int | None = None
+    tastes: dict[str, float] = {}
 
 
 class DecayedSum(msgspec.Struct, array_like=True):

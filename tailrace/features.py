@@ -20,12 +20,12 @@ from tailrace.errors import InvalidRecord
 from tailrace.events import Context
 from tailrace.neighbours import COVISIT_NAMES, OVERLAP_NAMES, covisit_columns, overlap_columns
 from tailrace.profile import Profile
-from tailrace.responses import TOPIC_NAMES, gather_responses, topic_columns
+from tailrace.responses import TOPIC_NAMES, Responses, gather_responses, topic_columns
 from tailrace.text import TEXT_VERSION, is_mobile, local_time, now_interests
 
 Column = NDArray[np.floating] | float
 
-FEATURE_VERSION = 3
+FEATURE_VERSION = 4
 HALF_LIFE_NAMES = ("15m", "1h", "6h", "24h", "7d")
 HEAT_KINDS = ("users", "rated_up")
 HEAT_FLOOR = 0.05  # heat is log(1 + sum / floor): tells a faint trace from none at all, where log1p sees only zeros
@@ -115,10 +115,12 @@ def compute_features(
     query_given: bool,
     cosines: Cosines,
     now_ms: int,
+    responses: Responses | None = None,
 ) -> Floats:
     """Returns float32 [N, F] in the order of FEATURE_NAMES, finite whatever the state.
 
-    `rows_N` are the whole pool, since ranks are within it. `context` is the one that holds now, or None.
+    `rows_N` are the whole pool, since ranks are within it. `context` is the one that holds now, or None. `responses`
+    are those of the profile, where they have been gathered already.
     """
     # 1. One consistent copy of the rows, then columns by name, cheap and independent of each other.
     held = catalogue.gather(rows_N, now_ms)
@@ -132,7 +134,7 @@ def compute_features(
         "cos_recent": cosines.recent_N,
     }
     interests = now_interests(profile, now_ms)
-    responses = gather_responses(profile, catalogue.topics, now_ms)
+    responses = responses or gather_responses(profile, catalogue.topics, now_ms)
     columns |= topic_columns(catalogue.split_topics_at(rows_N.tolist()), interests, responses)
     columns |= covisit_columns(catalogue, rows_N, held, profile, now_ms)
     columns |= overlap_columns(catalogue, held, profile, now_ms)

@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 from tailrace.catalogue import Topics
 from tailrace.ids import ItemId
 from tailrace.profile import INTEREST_HALF_LIFE_MS, Profile
+from tailrace.tastes import strongest
 
 # Evidence is weighed against this many clicks of none: a tag's first showings move its response little. Chosen in
 # `tailrace.world`, where half of it or less ranks worse than interests do, and twice of it no better.
 _PRIOR_CLICKS = 8.0
 _USUAL_RATE, _USUAL_WEIGHT = 0.05, 40.0  # clicks per item shown, before a user has a rate of their own
 
+TAG = "tag:"  # how the topic of a tag begins
 TOPIC_NAMES = ("tag_affinity", "entity_affinity", "tag_response", "entity_response", "tag_exposure")
 
 TopicsOf = Callable[[ItemId], Sequence[str]]
@@ -28,10 +30,15 @@ TopicsOf = Callable[[ItemId], Sequence[str]]
 
 @dataclass(frozen=True)
 class Responses:
-    """By topic: the log of clicks over those to be expected of its showings at the user's own rate, and showings."""
+    """By topic: the log of clicks over those to be expected of its showings at the user's own rate, and showings.
+
+    `tastes` is for a model that weighs tags against each other (`tailrace.tastes`): by tag, the clicks beyond those to
+    be expected. Differences add up over tags as evidence does, where logs of shares saturate.
+    """
 
     log_lift: Mapping[str, float]
     shown: Mapping[str, float]
+    tastes: Mapping[str, float]
 
 
 def gather_responses(profile: Profile, topics_of: TopicsOf, now_ms: int) -> Responses:
@@ -49,7 +56,14 @@ def gather_responses(profile: Profile, topics_of: TopicsOf, now_ms: int) -> Resp
         topic: float(np.log((clicked.get(topic, 0.0) + _PRIOR_CLICKS) / (rate * shown.get(topic, 0.0) + _PRIOR_CLICKS)))
         for topic in shown
     }
-    return Responses(log_lift, shown)
+    # The more is known of a user, the less each click adds: tastes stay of one size.
+    unit = 1.0 + rate * num_shown / _PRIOR_CLICKS
+    tastes = {
+        topic.removeprefix(TAG): (clicked.get(topic, 0.0) - rate * times) / unit
+        for topic, times in shown.items()
+        if topic.startswith(TAG)
+    }
+    return Responses(log_lift, shown, strongest(tastes))
 
 
 def topic_columns(
@@ -77,7 +91,7 @@ def topic_pulls(
     tag_norm, entity_norm = _norms(interests)
     pulls: dict[str, float] = {}
     for topic in interests.keys() | responses.log_lift.keys():
-        kind, norm = ("tag", tag_norm) if topic.startswith("tag:") else ("entity", entity_norm)
+        kind, norm = ("tag", tag_norm) if topic.startswith(TAG) else ("entity", entity_norm)
         affinity, response = interests.get(topic, 0.0) / norm, responses.log_lift.get(topic, 0.0)
         pulls[topic] = weights[f"{kind}_affinity"] * affinity + weights[f"{kind}_response"] * response
     return pulls
@@ -93,8 +107,8 @@ def sum_over(weights: Mapping[str, float], topics_N: Sequence[Sequence[str]]) ->
 
 
 def _norms(interests: Mapping[str, float]) -> tuple[float, float]:
-    tags = sum(weight**2 for key, weight in interests.items() if key.startswith("tag:"))
-    entities = sum(weight**2 for key, weight in interests.items() if not key.startswith("tag:"))
+    tags = sum(weight**2 for key, weight in interests.items() if key.startswith(TAG))
+    entities = sum(weight**2 for key, weight in interests.items() if not key.startswith(TAG))
     return tags**0.5 or 1.0, entities**0.5 or 1.0
 
 

@@ -14,6 +14,7 @@ from tailrace.catalogue import Catalogue
 from tailrace.cosines import Floats
 from tailrace.errors import TailraceError
 from tailrace.ids import ItemId, ModelVersion
+from tailrace.tastes import Tastes
 
 
 class FakeClock:
@@ -62,6 +63,7 @@ class WordModel:
         self.encode_failure: TailraceError | None = None
         self.score_failure: TailraceError | None = None
         self.user_texts: list[str] = []
+        self.tastes: list[Tastes] = []
         self._words = WordVectors()
         while self.encodings.catch_up(self._words, catalogue):
             pass
@@ -75,7 +77,10 @@ class WordModel:
     def embed(self, text: str, deadline: float) -> Floats:
         return self._words.vector(text)
 
-    def score(self, user: Any, items: EncodedItems, features_NF: Floats, deadline: float) -> tuple[Floats, Floats]:
+    def score(
+        self, user: Any, items: EncodedItems, features_NF: Floats, tastes: Tastes, deadline: float
+    ) -> tuple[Floats, Floats]:
+        self.tastes.append(tastes)
         if self.score_failure is not None:
             raise self.score_failure
         clicks: Floats = items.vectors_ND @ user.vectors_BD[0]

@@ -6,6 +6,7 @@ import numpy as np
 
 from tailrace.features import FEATURE_NAMES
 from tailrace.ids import ItemId, ModelVersion, RequestId, UserId
+from tailrace.tastes import no_tastes
 from training.examples import Example
 
 
@@ -37,6 +38,7 @@ def make_example(
         texts=tuple(f"text of {item_id}" for item_id in item_ids),
         num_shown=shown,
         features_NF=features_NF,
+        tastes=no_tastes(count),
         scores_N=np.zeros(count, np.float32),
         propensities_N=np.array([*(propensities or [1.0] * shown), *[np.nan] * unshown], np.float32),
         gains_N=np.array([*(clicked if gains is None else gains), *padding], np.float32),

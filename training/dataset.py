@@ -5,7 +5,8 @@ distinct item texts below the split are computed once. So is what lies above the
 between epochs, as float16, in which item states rest in serving too. With no layer left to learn only the pooled top
 states are kept, and an epoch is arithmetic on a few numbers per candidate.
 
-Shapes: E examples, B of them in a batch, N candidates, U user tokens, T states per item, H hidden size, F features.
+Shapes: E examples, B of them in a batch, N candidates, U user tokens, T states per item, H hidden size, F features,
+V buckets of tags, K tags of an item.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from tailrace.tastes import NO_TAG
 from training.lessons import Lesson
 from training.model import SplitRanker
 from training.team import ALONE, Team
@@ -43,6 +45,8 @@ class Batch:
     states: Tensor  # float32 [B,N,T,H]
     state_mask: Tensor  # int64 [B,N,T]
     features: Tensor  # float32 [B,N,F], in standard units
+    tastes: Tensor  # float32 [B,V]
+    tags: Tensor  # int64 [B,N,K]
     real: Tensor  # bool [B,N]
 
 
@@ -162,6 +166,7 @@ class Corpus:
             state_mask = real.unsqueeze(-1).long() if self._pooled_only else self._table_mask[rows] * real.unsqueeze(-1)
         users = [one.users for one in held]
         lengths = torch.tensor([len(states) for states in users])
+        tastes = [self.lessons[index].example.tastes for index in chosen]
         features = [(self.lessons[index].example.features_NF - self._mean) / self._std for index in chosen]
         return self._place(
             Batch(
@@ -171,6 +176,8 @@ class Corpus:
                 states=states,
                 state_mask=state_mask,
                 features=_pad([one.astype(np.float32) for one in features], 0.0),
+                tastes=torch.from_numpy(np.stack([one.user_V for one in tastes])),
+                tags=_pad([one.tags_NK for one in tastes], NO_TAG),
                 real=real,
             )
         )

@@ -22,6 +22,7 @@ from tailrace.events import Click, Impression, Rating
 from tailrace.features import FEATURE_NAMES, FEATURE_NAMES_HASH, decode_features
 from tailrace.ids import ItemId, ModelVersion, RequestId, UserId
 from tailrace.settings import TrainingSettings
+from tailrace.tastes import Tastes, make_tastes
 from training.attribution import Hashes, Relevant, attribute, feedback_table, hash_ids, known_ms
 
 Floats = NDArray[np.float32]
@@ -44,6 +45,7 @@ class Example:
     texts: tuple[str, ...]
     num_shown: int  # candidates [0:num_shown] were shown; their position is their index
     features_NF: Floats  # float32 [N, F], exactly as ranked
+    tastes: Tastes  # the user's, and the tags of the N candidates
     scores_N: Floats  # float32 [N], as served
     propensities_N: Floats  # float32 [N]: chance of this item at this position given those before; NaN where not shown
     gains_N: Floats  # float32 [N], 0 or more: graded label; 0 where nothing good happened
@@ -245,6 +247,7 @@ def unlabelled_example(impression: Impression) -> Example:
         texts=tuple(sys.intern(ranked.text) for ranked in candidates),
         num_shown=num_shown,
         features_NF=features_NF,
+        tastes=make_tastes(impression.tastes, [ranked.tags for ranked in candidates]),
         scores_N=np.array([ranked.score for ranked in candidates], dtype=np.float32),
         propensities_N=np.array(propensities, dtype=np.float32),
         gains_N=np.zeros(len(candidates), dtype=np.float32),

@@ -66,7 +66,9 @@ class Learner(nn.Module):
                 self.first_layer,
                 len(self.ranker.bert.stack),
             )
-        return self.ranker.judge(batch.user_vectors, states.float(), batch.state_mask, batch.features)
+        return self.ranker.judge(
+            batch.user_vectors, states.float(), batch.state_mask, batch.features, batch.tastes, batch.tags
+        )
 
     def place_bias(self, shown: Tensor) -> Tensor:
         """Returns [B,N], to be added to the logits: what each candidate's place adds, 0 where it was not shown."""
@@ -150,7 +152,8 @@ def level_shift(logits_R: NDArray[np.floating], clicked_R: NDArray[np.bool_], we
 def scale_clicks(head: Head, factor: float) -> None:
     """Multiplies every click logit by `factor`, in place; ratings stay as they are."""
     with torch.no_grad():
-        for weight in (head.prior, head.outer.weight[0], head.outer.bias[0], head.match_gain[0]):
+        weights = (head.prior, head.outer.weight[0], head.outer.bias[0], head.match_gain[0])
+        for weight in (*weights, head.taste_weights, head.tag_weights):
             weight.mul_(factor)
         head.rating_affine[0] /= factor
 

@@ -7,8 +7,9 @@ optionally pooled to T (`item_states`) states. From layer k on, each item state 
 user's keys and values of that layer and to the states of its own item. k=0 with all tokens is a cross-encoder whose
 user half is shared by all candidates; k=L is two towers.
 
-Shapes: B requests, N candidates, U user tokens, S item tokens, T states per item, L layers, h heads, d head size,
-H hidden size (h*d), F features. Masks are 1 for real and 0 for padding, which stands to the right.
+Shapes: B requests, N candidates, U user tokens, S item tokens, T states per item, L layers, h heads, d head size, H
+hidden size (h*d), F features, V buckets of tags, K tags of an item. Masks are 1 for real and 0 for padding, which
+stands to the right.
 """
 
 import copy
@@ -17,6 +18,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from tailrace.tastes import BUCKETS
 from training.bert import Bert, BertLayer
 
 # Added to the attention score of padding: far below any real score, and still a finite float16.
@@ -29,8 +31,9 @@ RATING_MIN, RATING_MAX = 1.0, 5.0
 class Head(nn.Module):
     """Click logits and ratings from the pooled upper state and late features: a linear prior plus a small network.
 
-    The network's last layer and the gain on the user-item cosine start at zero, so before training the click logit
-    is exactly the prior's linear score, and the rating a bounded, rising function of it with 3.0 at a score of 0.
+    What tags are worth comes beside it, by a weight for every pair of a taste and a tag (`tailrace.tastes`). Those
+    weights, the network's last layer and the gain on the user-item cosine start at zero, so before training the click
+    logit is exactly the prior's linear score, and the rating a bounded, rising function of it with 3.0 at a score of 0.
     """
 
     feature_mean: Tensor
@@ -44,6 +47,8 @@ class Head(nn.Module):
         self.prior = nn.Parameter(torch.tensor([float(prior.get(name, 0.0)) for name in feature_names]))
         self.rating_affine = nn.Parameter(torch.tensor([0.25, 0.0]))
         self.match_gain = nn.Parameter(torch.zeros(2))
+        self.taste_weights = nn.Parameter(torch.zeros(BUCKETS, BUCKETS))
+        self.tag_weights = nn.Parameter(torch.zeros(BUCKETS))
         self.inner = nn.Linear(hidden_size + len(feature_names), width)
         self.outer = nn.Linear(width, 2)
         nn.init.zeros_(self.outer.weight)
@@ -51,15 +56,35 @@ class Head(nn.Module):
         self.register_buffer("feature_mean", torch.zeros(len(feature_names)))
         self.register_buffer("feature_std", torch.ones(len(feature_names)))
 
-    def forward(self, pooled: Tensor, user_vectors: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns click logits [B,N] and ratings [B,N] in 1..5, from states [B,N,H], users [B,H], features [B,N,F]."""
+    def forward(
+        self,
+        pooled: Tensor,
+        user_vectors: Tensor,
+        features: Tensor,
+        tastes: Tensor | None = None,
+        tags: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Returns click logits [B,N] and ratings [B,N] in 1..5, from states [B,N,H], users [B,H], features [B,N,F].
+
+        `tastes` [B,V] and `tags` [B,N,K] are those of `tailrace.tastes`; without them they say nothing.
+        """
         match = (nn.functional.normalize(pooled, dim=-1) * user_vectors.unsqueeze(1)).sum(-1)
         prior = (features * self.prior).sum(-1)
         standard = ((features - self.feature_mean) / self.feature_std).clamp(-MAX_DEVIATIONS, MAX_DEVIATIONS)
         learned = self.outer(nn.functional.gelu(self.inner(torch.cat([pooled, standard], -1))))
         learned = learned + match.unsqueeze(-1) * self.match_gain
         rating = self.rating_affine[0] * prior + self.rating_affine[1] + learned[..., 1]
-        return prior + learned[..., 0], RATING_MIN + (RATING_MAX - RATING_MIN) * torch.sigmoid(rating)
+        clicks = prior + learned[..., 0]
+        if tastes is not None and tags is not None:
+            clicks = clicks + self._like_tags(tastes, tags)
+        return clicks, RATING_MIN + (RATING_MAX - RATING_MIN) * torch.sigmoid(rating)
+
+    def _like_tags(self, tastes: Tensor, tags: Tensor) -> Tensor:
+        """Returns [B,N]: what the candidates' tags are worth to their users, by the root of how many each has."""
+        worth = tastes @ self.taste_weights + self.tag_weights
+        worth = torch.cat([worth, torch.zeros_like(worth[:, :1])], 1).unsqueeze(1)  # NO_TAG is worth nothing
+        found = worth.expand(-1, tags.shape[1], -1).gather(2, tags).sum(-1)
+        return found / (tags < BUCKETS).sum(-1).clamp(min=1).to(found.dtype).sqrt()
 
 
 class TextVector(nn.Module):
@@ -106,9 +131,16 @@ class SplitRanker(nn.Module):
         return [layer for layer in self.ranking if isinstance(layer, BertLayer)]
 
     def forward(
-        self, user_tokens: Tensor, user_mask: Tensor, item_tokens: Tensor, item_mask: Tensor, features: Tensor
+        self,
+        user_tokens: Tensor,
+        user_mask: Tensor,
+        item_tokens: Tensor,
+        item_mask: Tensor,
+        features: Tensor,
+        tastes: Tensor | None = None,
+        tags: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Returns click logits [B,N] and ratings [B,N] for tokens [B,U] and [B,N,S]; this is what training calls."""
+        """Returns click logits [B,N] and ratings [B,N] for tokens [B,U] and [B,N,S], as serving does in three steps."""
         batch, count, width = item_tokens.shape
         keys, values, vectors = self.encode_users(user_tokens, user_mask)
         states, state_mask = self.encode_items(
@@ -122,6 +154,8 @@ class SplitRanker(nn.Module):
             states.reshape(batch, count, *states.shape[1:]),
             state_mask.reshape(batch, count, -1),
             features,
+            tastes,
+            tags,
         )[:2]
 
     def encode_users(
@@ -174,6 +208,8 @@ class SplitRanker(nn.Module):
         states: Tensor,
         state_mask: Tensor,
         features: Tensor,
+        tastes: Tensor | None = None,
+        tags: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns click logits [B,N], ratings [B,N] and the pooled top states [B,N,H] of candidates [B,N,T,H]."""
         batch, count, per_item, hidden = states.shape
@@ -187,7 +223,7 @@ class SplitRanker(nn.Module):
             )
         pooled = _masked_mean(states.reshape(batch * count, per_item, hidden), state_mask.reshape(-1, per_item))
         pooled = pooled.reshape(batch, count, hidden)
-        click_logits, ratings = self.head(pooled, user_vectors, features)
+        click_logits, ratings = self.head(pooled, user_vectors, features, tastes, tags)
         return click_logits, ratings, pooled
 
     def read_alone(self, tokens: Tensor, mask: Tensor, table: Tensor | None = None) -> Tensor:
@@ -226,12 +262,19 @@ class SplitRanker(nn.Module):
         return users, joined.reshape(states.shape)
 
     def judge(
-        self, user_vectors: Tensor, states: Tensor, state_mask: Tensor, features: Tensor
+        self,
+        user_vectors: Tensor,
+        states: Tensor,
+        state_mask: Tensor,
+        features: Tensor,
+        tastes: Tensor | None = None,
+        tags: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Returns click logits [B,N] and ratings [B,N] from the top item states that `advance` ends with."""
         batch, count, per_item, hidden = states.shape
         pooled = _masked_mean(states.reshape(-1, per_item, hidden), state_mask.reshape(-1, per_item))
-        judged: tuple[Tensor, Tensor] = self.head(pooled.reshape(batch, count, hidden), user_vectors, features)
+        pooled = pooled.reshape(batch, count, hidden)
+        judged: tuple[Tensor, Tensor] = self.head(pooled, user_vectors, features, tastes, tags)
         return judged
 
     def _attend_jointly(

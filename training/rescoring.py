@@ -35,7 +35,13 @@ class BundleScorer(Protocol):
         """Returns `states_NTH` float16, `mask_NT` bool and unit vectors `vectors_ND` float32 of these texts."""
 
     def score(
-        self, users: Any, states_BNTH: NDArray[np.floating], mask_BNT: NDArray[np.bool_], features_BNF: Floats
+        self,
+        users: Any,
+        states_BNTH: NDArray[np.floating],
+        mask_BNT: NDArray[np.bool_],
+        features_BNF: Floats,
+        tastes_BV: Floats,
+        tags_BNK: NDArray[np.int64],
     ) -> tuple[Floats, Floats]:
         """Returns click logits [B,N] and ratings [B,N]."""
 
@@ -142,6 +148,8 @@ def _score_one(
         table.states_MTH[rows][None],
         table.mask_MT[rows][None],
         example.features_NF[among][None],
+        example.tastes.user_V[None],
+        example.tastes.tags_NK[among][None],
     )
     utility: Floats = clicks_BN[0] + rating_weight * (ratings_BN[0] - _NEUTRAL_RATING)
     return utility.astype(np.float32)

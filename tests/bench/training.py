@@ -22,6 +22,7 @@ from torch import Tensor
 from tailrace.features import FEATURE_NAMES, PRIOR_WEIGHTS
 from tailrace.ids import ItemId, ModelVersion, RequestId, UserId
 from tailrace.settings import TrainingSettings
+from tailrace.tastes import no_tastes
 from tests.bench.ranker import ITEM_TEXT, ITEM_TOKENS, USER_TEXT, USER_TOKENS, Pairwise
 from tests.bench.report import Row
 from training.bert import PACKAGED, load_base
@@ -103,6 +104,7 @@ def _make_example(number: int) -> Example:
         texts=tuple(ITEM_TEXT.format(one) for one in rng.integers(500, size=NUM_CANDIDATES)),
         num_shown=NUM_CANDIDATES,
         features_NF=rng.normal(size=(NUM_CANDIDATES, len(FEATURE_NAMES))).astype(np.float32),
+        tastes=no_tastes(NUM_CANDIDATES),
         scores_N=np.zeros(NUM_CANDIDATES, np.float32),
         propensities_N=nothing,
         gains_N=clicked.astype(np.float32),

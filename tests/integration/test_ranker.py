@@ -31,6 +31,7 @@ from tailrace.kafka_clients import create_topics, open_producer
 from tailrace.pointer import assigned_version
 from tailrace.registry import Registry, announce, open_registry
 from tailrace.settings import Settings, load_settings
+from tailrace.tastes import no_tastes
 from tailrace.topics import tailrace_topics
 from tests.fakes import WordVectors
 from training.export import build_version_zero
@@ -250,9 +251,12 @@ def test_users_cached_and_stacked_score_as_they_do_alone(bundle: Path, tmp_path:
     _, first_four = model.encodings.gather(np.arange(4))
     users = [model.encode_user(text, deadline) for text in ("short", "a much longer text about a user who reads")]
     assert model.encode_user("short", deadline) is users[0]
-    alone = [model.score(user, items, features, deadline)[0] for user in users]
+    alone = [model.score(user, items, features, no_tastes(6), deadline)[0] for user in users]
 
-    jobs = [ScoreJob(users[0], first_four, features[:4]), ScoreJob(users[1], items, features)]
+    jobs = [
+        ScoreJob(users[0], first_four, features[:4], no_tastes(4)),
+        ScoreJob(users[1], items, features, no_tastes(6)),
+    ]
     together = model.score_together(jobs)
     np.testing.assert_allclose(together[0][0], alone[0][:4], atol=0.05)
     np.testing.assert_allclose(together[1][0], alone[1], atol=0.05)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tailrace.ids import ItemId, ModelVersion, RequestId, UserId
+from tailrace.tastes import no_tastes
 from training.baselines import DecayedCounts, LambdaRank, PopularityRules, TfIdf, by_root_of_age
 from training.examples import Example
 
@@ -69,6 +70,7 @@ def slate(seed: int) -> Example:
         texts=("",) * 30,
         num_shown=30,
         features_NF=features_NF,
+        tastes=no_tastes(30),
         scores_N=nothing_N,
         propensities_N=nothing_N,
         gains_N=taken_N.astype(np.float32),

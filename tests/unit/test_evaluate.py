@@ -357,10 +357,10 @@ def test_latency_is_the_median_ratio_of_the_two_on_the_same_examples(bundle_dir:
         def encode_items(self, texts: Sequence[str]) -> object:
             return scorer.encode_items(texts)
 
-        def score(self, users, states, mask, features):  # type: ignore[no-untyped-def]
+        def score(self, users, states, mask, features, tastes, tags):  # type: ignore[no-untyped-def]
             assert features.shape[1] == 20
             clock.now += self.seconds
-            return scorer.score(users, states, mask, features)
+            return scorer.score(users, states, mask, features, tastes, tags)
 
     ratio = latency_ratio((Timed(2.0), table), (Timed(3.0), table), examples, num_candidates=20, clock=clock)
     assert ratio == 1.5

@@ -15,6 +15,7 @@ from tailrace.events import ACTIONS, Action, Click, Impression, Ranked, Rating, 
 from tailrace.features import FEATURE_NAMES, FEATURE_NAMES_HASH, encode_features
 from tailrace.ids import EventId, ItemId, ModelVersion, RequestId, UserId
 from tailrace.settings import TrainingSettings
+from tailrace.tastes import Tastes, bucket
 from training.attribution import hash_ids
 from training.examples import Example, JoinCounts, Joined, join
 from training.log_window import Chunk, LogWindow, decode_chunk, read_partition
@@ -35,6 +36,7 @@ def candidate(item: str, position: int | None) -> Ranked:
         source="test",
         position=position,
         propensity=None if position is None else 0.5,
+        tags=[f"tag of {item}"],
     )
 
 
@@ -51,6 +53,7 @@ def impression(
         user_text="likes tests",
         shown=[candidate(f"i{number}", position) for position, number in enumerate(shown)],
         unshown=[candidate(f"i{number}", None) for number in unshown],
+        tastes={"tag of i1": 0.5},
     )
     return msgspec.structs.replace(made, **other)
 
@@ -141,6 +144,8 @@ def test_example_carries_what_was_ranked_first_the_slate_then_the_sample_of_the_
     assert (example.num_shown, example.model_version, example.user_text) == (2, "v7", "likes tests")
     assert example.features_NF.shape == (4, len(FEATURE_NAMES))
     assert example.features_NF[:, 5].tolist() == example.scores_N.tolist() == [3, 1, 0, 2]
+    assert example.tastes.tags_NK[:, 0].tolist() == [bucket(f"tag of i{number}") for number in (3, 1, 0, 2)]
+    assert np.flatnonzero(example.tastes.user_V).tolist() == [bucket("tag of i1")]
     assert example.propensities_N.tolist()[:2] == [0.5, 0.5]
     assert np.isnan(example.propensities_N[2:]).all()
     assert example.gains_N.tolist() == [0, 0, 0, 0]
@@ -383,10 +388,16 @@ Thing = TypeVar("Thing")
 
 def same(ones: Sequence[Example], others: Sequence[Example]) -> bool:
     """Whether two lists of examples are the same, to the bit."""
+
+    def parts(example: Example) -> dict[str, object]:
+        found = {each.name: getattr(example, each.name) for each in fields(example)}
+        tastes: Tastes = found.pop("tastes")
+        return found | {"user_V": tastes.user_V, "tags_NK": tastes.tags_NK}
+
     return len(ones) == len(others) and all(
-        np.array_equal(getattr(one, each.name), getattr(other, each.name), equal_nan=each.name.endswith(("_N", "_NF")))
+        np.array_equal(value, parts(other)[name], equal_nan=name.endswith(("_N", "_NF", "_V")))
         for one, other in zip(ones, others, strict=True)
-        for each in fields(Example)
+        for name, value in parts(one).items()
     )
 
 

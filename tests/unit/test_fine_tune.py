@@ -17,6 +17,7 @@ from torch import Tensor
 from tailrace.errors import TrainingDiverged
 from tailrace.ids import ItemId, ModelVersion, RequestId, UserId
 from tailrace.settings import TrainingSettings
+from tailrace.tastes import make_tastes
 from tests.unit.conftest import FEATURE_NAMES, PRIOR
 from training.bert import PACKAGED, Bert, BertShape, load_base
 from training.course import compute_losses, score_batch
@@ -104,6 +105,7 @@ def make_examples(
                 texts=texts,
                 num_shown=num_shown,
                 features_NF=features,
+                tastes=make_tastes({text.split()[0]: 0.5 for text in texts[::2]}, [text.split() for text in texts]),
                 scores_N=np.zeros(size, np.float32),
                 propensities_N=np.full(size, np.nan, np.float32),
                 gains_N=clicked.astype(np.float32),
@@ -417,7 +419,7 @@ def test_packed_impressions_give_the_gradients_of_single_candidates() -> None:
             single = Batch(
                 one.users, one.user_vectors, one.user_mask,
                 one.states[:, [item]], one.state_mask[:, [item]], one.features[:, [item]],
-                one.real[:, [item]],
+                one.tastes, one.tags[:, [item]], one.real[:, [item]],
             )  # fmt: skip
             logit = learner(single)[0]
             logit.sin().sum().backward()

@@ -15,6 +15,7 @@ from transformers import BertModel
 from services.scorer import Scorer
 from tailrace.errors import BundleError, ParityError
 from tailrace.ids import ModelVersion
+from tailrace.tastes import BUCKETS, NO_TAG
 from tests.unit.conftest import FEATURE_NAMES, PRIOR
 from training.bert import PACKAGED, Bert, BertShape, _packaged_folder, load_base
 from training.export import export_bundle, load_ranker
@@ -57,6 +58,14 @@ def random_tokens(*shape: int, shortest: int = 1, seed: int = 0) -> tuple[Tensor
 
 def random_features(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, len(FEATURE_NAMES), generator=torch.Generator().manual_seed(seed))
+
+
+def random_tastes(*shape: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Tastes of users, and up to five tags of each item, [B,V] and [B,N,5]."""
+    generator = torch.Generator().manual_seed(seed)
+    tags = torch.randint(BUCKETS, (*shape, 5), generator=generator)
+    some = torch.arange(5) < torch.randint(6, (*shape, 1), generator=generator)
+    return torch.randn(shape[0], BUCKETS, generator=generator), torch.where(some, tags, NO_TAG)
 
 
 @pytest.fixture(scope="module")
@@ -202,9 +211,25 @@ def test_pooled_states_are_means_of_contiguous_segments_of_real_tokens(
             torch.testing.assert_close(pooled[0, segment], states[0, members].mean(0), atol=FLOAT_NOISE, rtol=0)
 
 
+def test_tags_are_worth_what_their_users_tastes_say_of_them() -> None:
+    ranker = small_ranker(split_layer=2, item_states=4)
+    texts = *random_tokens(2, 9), *random_tokens(2, 3, 7)
+    features, (tastes, tags) = random_features(2, 3), random_tastes(2, 3)
+    with torch.no_grad():
+        without, with_tastes = ranker(*texts, features)[0], ranker(*texts, features, tastes, tags)[0]
+    for user in range(2):
+        for item in range(3):
+            real = [tag for tag in tags[user, item].tolist() if tag != NO_TAG]
+            worth = sum(
+                (tastes[user] @ ranker.head.taste_weights[:, tag] + ranker.head.tag_weights[tag]).item() for tag in real
+            )
+            expected = float(without[user, item]) + worth / max(len(real), 1) ** 0.5
+            assert float(with_tastes[user, item]) == pytest.approx(expected, abs=1e-3)
+
+
 def test_every_part_learns_once_the_zero_layers_have_moved() -> None:
     ranker = small_ranker(split_layer=2, item_states=4).train()
-    logits, ratings = ranker(*random_tokens(2, 9), *random_tokens(2, 3, 7), random_features(2, 3))
+    logits, ratings = ranker(*random_tokens(2, 9), *random_tokens(2, 3, 7), random_features(2, 3), *random_tastes(2, 3))
     (logits.logsumexp(-1).sum() + ratings.sum()).backward()
     untouched = [name for name, weight in ranker.named_parameters() if weight.grad is None]
     assert untouched == []
@@ -234,7 +259,10 @@ def test_exported_graphs_score_as_torch_does_at_every_setting_of_the_dial(
     encoded = scorer.encode_items(items)
     features = random_features(2, 4)
     states, mask = (np.stack([part, part]) for part in (encoded.states_NTH, encoded.mask_NT))
-    logits, ratings = scorer.score(scorer.encode_users(users), states, mask, features.numpy())
+    tastes = random_tastes(2, 4)
+    logits, ratings = scorer.score(
+        scorer.encode_users(users), states, mask, features.numpy(), *(part.numpy() for part in tastes)
+    )
 
     def tokens(texts: list[str]) -> tuple[Tensor, Tensor]:
         tokenizer.enable_padding()
@@ -243,7 +271,7 @@ def test_exported_graphs_score_as_torch_does_at_every_setting_of_the_dial(
 
     item_tokens = [part.expand(2, -1, -1) for part in tokens(items)]
     with torch.no_grad():
-        expected_logits, expected_ratings = ranker(*tokens(users), *item_tokens, features)
+        expected_logits, expected_ratings = ranker(*tokens(users), *item_tokens, features, *tastes)
     # item states rest in float16 between the two graphs
     np.testing.assert_allclose(logits, expected_logits.numpy(), atol=5e-3)
     np.testing.assert_allclose(ratings, expected_ratings.numpy(), atol=5e-3)

@@ -14,10 +14,11 @@ from tailrace.errors import Overloaded, ScoringError, TailraceError, TooLate
 from tailrace.events import Click, Context, Impression, encode
 from tailrace.features import FEATURE_NAMES, FEATURE_NAMES_HASH, decode_features
 from tailrace.fold import fold_event
-from tailrace.ids import RequestId
+from tailrace.ids import ItemId, RequestId
 from tailrace.items import Item
-from tailrace.profile import Profile, encode_profile
+from tailrace.profile import Profile, apply_seen, decode_profile, encode_profile
 from tailrace.settings import RankerSettings, SlateSettings
+from tailrace.tastes import MOST_TAGS, make_tastes
 from tailrace.text import render_item
 from tests.fakes import WordModel, WordVectors
 
@@ -127,17 +128,35 @@ def test_impression_holds_exactly_what_was_ranked_on() -> None:
     assert {shown.item_id for shown in impression.shown}.isdisjoint(lost.item_id for lost in impression.unshown)
 
 
+def test_tastes_and_tags_are_logged_as_the_model_got_them() -> None:
+    catalogue = make_catalogue()
+    profile = decode_profile(profile_with_clicks(catalogue, "i0", "i5"))
+    for number in range(8):
+        apply_seen(profile.impressions, ItemId(f"i{number}"), NOW_MS)
+    model = WordModel(catalogue)
+    everything = msgspec.structs.replace(SLATE, unshown_logged=1000)
+    impression = impression_of(recommend(ask(encode_profile(profile), n=4), catalogue, model, RANKER, everything))
+    logged = [*impression.shown, *impression.unshown]
+    assert len(logged) == impression.num_candidates and any(one.tags for one in logged)
+    for one in logged:
+        item = catalogue.item(one.item_id)
+        assert item is not None and one.tags == item.tags[:MOST_TAGS]
+    made = make_tastes(impression.tastes, [one.tags for one in logged])
+    assert impression.tastes and np.array_equal(made.user_V, model.tastes[0].user_V)
+    assert sorted(made.tags_NK.tolist()) == sorted(model.tastes[0].tags_NK.tolist())
+
+
 def test_item_that_changes_while_it_is_ranked_is_logged_as_it_was_ranked() -> None:
     catalogue = make_catalogue()
 
     class Meanwhile(WordModel):
-        def score(self, user, items, features_NF, deadline):  # type: ignore[no-untyped-def]
+        def score(self, user, items, features_NF, tastes, deadline):  # type: ignore[no-untyped-def]
             for item_id in ("i3", "i4"):
                 changed = Item(item_id=item_id, title="Something else entirely")
                 catalogue.apply_item(item_id, encode(changed), NOW_MS)
             while self.encodings.catch_up(WordVectors(), catalogue):
                 pass
-            return super().score(user, items, features_NF, deadline)
+            return super().score(user, items, features_NF, tastes, deadline)
 
     texts = {i: catalogue.item(i) for i in ("i3", "i4")}
     model = Meanwhile(catalogue)
