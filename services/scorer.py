@@ -152,14 +152,6 @@ class Scorer:
             vectors[rows] = found_vectors
         return EncodedItems(states, mask, vectors)
 
-    def embed(self, texts: Sequence[str]) -> Floats:
-        """Returns the unit vectors [N,D] of texts such as queries, comparable with the vectors of items."""
-        vectors = np.zeros((len(texts), self.card.hidden_size), np.float32)
-        for rows, tokens, mask in self._by_length(self._user_tokenizer, texts):
-            feeds = {"user_tokens": tokens, "user_mask": mask}
-            vectors[rows] = self._user_encoder.run(("user_vectors",), feeds)[0]
-        return vectors
-
     def score(
         self,
         users: EncodedUsers,

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from training.bert import BertLayer
 from training.dataset import Batch, Precision
+from training.head import Head
 from training.lora import LowRank, adapt_layers
-from training.model import Head, SplitRanker
+from training.model import SplitRanker
 
 _FLAT = 1e-3  # a feature that varies less than this says nothing yet: its unit stays 1
 

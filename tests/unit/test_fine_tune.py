@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from tailrace.errors import TrainingDiverged
 from tailrace.ids import ItemId, ModelVersion, RequestId, UserId
 from tailrace.settings import TrainingSettings
-from tailrace.tastes import make_tastes
+from tailrace.tastes import Tastes, bucket, make_tastes
 from tests.unit.conftest import FEATURE_NAMES, PRIOR
 from training.bert import PACKAGED, Bert, BertShape, load_base
 from training.course import compute_losses, score_batch
@@ -105,7 +106,7 @@ def make_examples(
                 texts=texts,
                 num_shown=num_shown,
                 features_NF=features,
-                tastes=make_tastes({text.split()[0]: 0.5 for text in texts[::2]}, [text.split() for text in texts]),
+                tastes=random_tastes(size, seed=[seed, number]),
                 scores_N=np.zeros(size, np.float32),
                 propensities_N=np.full(size, np.nan, np.float32),
                 gains_N=clicked.astype(np.float32),
@@ -114,6 +115,13 @@ def make_examples(
             )
         )
     return examples
+
+
+def random_tastes(size: int, seed: Sequence[int]) -> Tastes:
+    """Tastes of a user and tags of items that have nothing to do with each other."""
+    rng = np.random.default_rng(seed)
+    tags_N = [[f"tag {number}" for number in rng.integers(9, size=rng.integers(4))] for _ in range(size)]
+    return make_tastes({f"tag {number}": taste for number, taste in enumerate(rng.normal(size=9))}, tags_N)
 
 
 def by_cosine(features: np.ndarray, texts: Sequence[str], rng: np.random.Generator) -> np.ndarray:
@@ -140,6 +148,7 @@ def learn(
     replay: Sequence[Example] = (),
     position_bias: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
+    checkpoint_every_s: float = 3600.0,
 ) -> FineTuned:
     return fine_tune(
         ranker or small_ranker({}),
@@ -153,7 +162,7 @@ def learn(
         folder=folder,
         position_bias=position_bias,
         progress=progress,
-        checkpoint_every_s=0.0,
+        checkpoint_every_s=checkpoint_every_s,
     )
 
 
@@ -192,6 +201,8 @@ def score(ranker: SplitRanker, examples: Sequence[Example]) -> list[Tensor]:
                 *tokens([one.user_text], 16),
                 *(part[None] for part in tokens(one.texts, 8)),
                 torch.from_numpy(one.features_NF)[None],
+                torch.from_numpy(one.tastes.user_V)[None],
+                torch.from_numpy(one.tastes.tags_NK)[None],
             )[0][0]
             for one in examples
         ]
@@ -210,6 +221,35 @@ def test_what_is_clicked_is_learned(tmp_path: Path, clicks: Clicks, layers: int)
     assert found.better
     assert mean_ndcg(found.ranker, unseen) > 0.95 > 0.75 > mean_ndcg(small_ranker({}), unseen)
     assert found.history[-1].losses["listwise"] < found.history[0].losses["listwise"]
+
+
+def test_which_tastes_go_together_is_learned(tmp_path: Path) -> None:
+    likes = {"castles": "ghosts", "ships": "storms", "trains": "letters"}
+
+    def worlds(count: int, seed: int) -> list[Example]:
+        rng = np.random.default_rng(seed)
+        made = []
+        for one in make_examples(count, never, seed=seed):
+            loved = str(rng.choice(list(likes)))
+            tags_N = [[str(tag)] for tag in rng.choice([*likes.values(), "news"], size=len(one.texts))]
+            clicked_N = np.array([tag == likes[loved] for (tag,) in tags_N]) & (np.arange(len(tags_N)) < one.num_shown)
+            made.append(
+                replace(
+                    one,
+                    tastes=make_tastes({loved: 1.0}, tags_N),
+                    clicked_N=clicked_N,
+                    gains_N=clicked_N.astype(np.float32),
+                )
+            )
+        return made
+
+    found = learn(tmp_path, worlds(400, 1), worlds(60, 2), change(epochs=6))
+    assert found.better
+    assert mean_ndcg(found.ranker, worlds(60, 3)) > 0.95
+    weights = found.ranker.head.taste_weights
+    for loved, wanted in likes.items():
+        others = [weights[bucket(loved), bucket(other)].item() for other in likes.values() if other != wanted]
+        assert weights[bucket(loved), bucket(wanted)].item() > max(others)
 
 
 def test_ratings_are_learned_beside_clicks(tmp_path: Path) -> None:
@@ -315,7 +355,14 @@ def learn_and_die(folder: Path, settings: TrainingSettings, at_step: int) -> Non
         if step == "learn" and done == at_step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    learn(folder, make_examples(80, by_word), make_examples(20, by_word, seed=2), settings, progress=die)
+    learn(
+        folder,
+        make_examples(80, by_word),
+        make_examples(20, by_word, seed=2),
+        settings,
+        progress=die,
+        checkpoint_every_s=0.0,
+    )
 
 
 @pytest.mark.parametrize("rank", [0, 2])

@@ -13,6 +13,7 @@ import pytest
 
 from services.scorer import EncodedItems, EncodedUsers, Scorer
 from tailrace.errors import BundleError, ProviderError
+from tailrace.tastes import BUCKETS, NO_TAG
 from tests.unit.conftest import FEATURE_NAMES, PRIOR
 
 USERS = [
@@ -61,6 +62,8 @@ def pooled_states(scorer: Scorer, users: EncodedUsers, states: np.ndarray, mask:
         "item_states": states.astype(np.float32),
         "item_state_mask": mask.astype(np.int64),
         "features": random_features(*mask.shape[:2]),
+        "tastes": np.zeros((len(mask), BUCKETS), np.float32),
+        "tags": np.full((*mask.shape[:2], 1), NO_TAG),
     }
     return np.asarray(scorer._scorer.run(("pooled_states",), feeds)[0])
 
@@ -133,7 +136,7 @@ def test_every_product_of_a_quantized_graph_is_int8_but_the_heads(bundle_dir: Pa
 
 
 def test_embedded_query_meets_the_item_about_it(quantized: Scorer) -> None:
-    vectors = quantized.embed(["fishing at sea", "what to cook", "the game of chess"])
+    vectors = quantized.encode_users(["fishing at sea", "what to cook", "the game of chess"]).vectors_BD
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     assert (vectors @ quantized.encode_items(ITEMS).vectors_ND.T).argmax(1).tolist() == [0, 1, 3]
 
@@ -166,7 +169,6 @@ def test_texts_are_cut_at_the_limits_of_the_card(exact: Scorer) -> None:
 def test_empty_lists_give_empty_answers(exact: Scorer) -> None:
     items = exact.encode_items([])
     assert items.states_NTH.shape == (0, 4, 384)
-    assert exact.embed([]).shape == (0, 384)
     logits, ratings = exact.score(
         exact.encode_users(USERS),
         np.zeros((2, 0, 4, 384), np.float16),
