@@ -26,7 +26,7 @@ from tailrace.ids import ItemId, UserId
 from tailrace.items import Item
 from tailrace.profile import Profile, current_context
 from tailrace.responses import gather_responses
-from tailrace.tastes import Tastes, make_tastes
+from tailrace.tastes import Tastes, make_tastes, tags_of
 from tailrace.text import render_user
 
 _PARTITION = 0
@@ -91,7 +91,7 @@ class Replayed:
         cosines = make_cosines(items.vectors_ND, user.vectors_BD[0], None, encodings.vectors[recent_rows])
         responses = gather_responses(profile, catalogue.topics, now_ms)
         features_NF = compute_features(catalogue, rows_N, profile, context, False, cosines, now_ms, responses)
-        tags_N = [[] if item is None else item.tags for item in catalogue.items_at(rows_N)]
+        tags_N = [[] if item is None else tags_of(item) for item in catalogue.items_at(rows_N)]
         return Asked(user_text, user, rows_N, items, features_NF, make_tastes(responses.tastes, tags_N))
 
 

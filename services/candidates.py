@@ -20,7 +20,7 @@ from tailrace.catalogue import Catalogue, Flags, Rows
 from tailrace.events import Scalar, ShortText
 from tailrace.features import PRIOR_WEIGHTS
 from tailrace.ids import ItemId
-from tailrace.items import Fact, Item
+from tailrace.items import TAG, Fact, Item
 from tailrace.profile import Profile
 from tailrace.responses import Responses, gather_responses, topic_pulls
 from tailrace.text import now_interests
@@ -211,13 +211,13 @@ def _allowed(catalogue: Catalogue, request: PoolRequest) -> tuple[Flags, dict[st
     if not request.keep_seen:
         remove("seen", catalogue.rows(profile.clicks.seen.keys() | profile.ratings.seen.keys()))
     if filters.tags_any:
-        keep("filtered", np.concatenate([catalogue.topic_rows(f"tag:{tag}") for tag in filters.tags_any]))
+        keep("filtered", np.concatenate([catalogue.topic_rows(f"{TAG}{tag}") for tag in filters.tags_any]))
     for tag in filters.tags_all:
-        keep("filtered", catalogue.topic_rows(f"tag:{tag}"))
+        keep("filtered", catalogue.topic_rows(f"{TAG}{tag}"))
     for fact in filters.facts:
         keep("filtered", catalogue.topic_rows(f"{fact.relation}:{fact.entity}"))
     for tag in filters.tags_none:
-        remove("filtered", catalogue.topic_rows(f"tag:{tag}"))
+        remove("filtered", catalogue.topic_rows(f"{TAG}{tag}"))
     if filters.attributes:  # not indexed: linear in what is left
         rows = np.flatnonzero(allowed_R)
         items = catalogue.items_at(rows)

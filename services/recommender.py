@@ -34,7 +34,7 @@ from tailrace.items import Item
 from tailrace.profile import Profile, decode_profile
 from tailrace.responses import gather_responses
 from tailrace.settings import RankerSettings, SlateSettings
-from tailrace.tastes import MOST_TAGS, Tastes, make_tastes
+from tailrace.tastes import Tastes, make_tastes, tags_of
 from tailrace.text import now_interests, render_user
 
 # The share of a request's time that the text model may use; the rest is enough to answer without it.
@@ -120,7 +120,7 @@ def recommend(
     features_NF = compute_features(
         catalogue, drawn.rows_N, profile, context, query_D is not None, cosines, now_ms, responses
     )
-    tastes = make_tastes(responses.tastes, [item.tags for item in drawn.items_N])
+    tastes = make_tastes(responses.tastes, [tags_of(item) for item in drawn.items_N])
     stages.end("features")
 
     # 5. Scores: from the model, or from the prior where the model is not there in time.
@@ -288,5 +288,5 @@ def _as_ranked(drawn: DrawnUp, features_NF: Floats, scores_N: Floats, index: int
         position=None if slot is None else slot.position,
         propensity=None if slot is None else slot.propensity,
         explored=slot is not None and slot.explored,
-        tags=drawn.items_N[index].tags[:MOST_TAGS],
+        tags=tags_of(drawn.items_N[index]),
     )

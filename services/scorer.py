@@ -20,7 +20,7 @@ from services.parts import Parts
 from tailrace.bundle import MODEL_CARD, Bundle, LooseBundle
 from tailrace.errors import BundleError, ProviderError
 from tailrace.model_card import RankerCard, load_ranker_card
-from tailrace.tastes import BUCKETS, NO_TAG
+from tailrace.tastes import BUCKETS
 
 Precision = Literal["int8", "fp16", "fp32"]
 Provider = Literal["cpu", "cuda"]
@@ -158,23 +158,22 @@ class Scorer:
         states_BNTH: NDArray[np.floating],
         mask_BNT: NDArray[np.bool_ | np.integer],
         features_BNF: Floats,
-        tastes_BV: Floats | None = None,
-        tags_BNK: NDArray[np.int64] | None = None,
+        tastes_BV: Floats,
+        tags_BNK: NDArray[np.integer],
     ) -> tuple[Floats, Floats]:
         """Returns click logits [B,N] and ratings [B,N] in 1..5 of each user's candidates.
 
-        `tastes_BV` and `tags_BNK` are those of `tailrace.tastes`; without them the users have none, the items no tags.
-        What stands in padded candidates (an empty mask) is scored too and means nothing. In int8 the activations of
-        a call share their scales, so candidates scored together move each other by quantization noise; in the float
-        precisions they do not move at all. Raises ValueError where the features are not those of the model.
+        `tastes_BV` and `tags_BNK` are those of `tailrace.tastes`. What stands in padded candidates (an empty mask) is
+        scored too and means nothing. In int8 the activations of a call share their scales, so candidates scored
+        together move each other by quantization noise; in the float precisions they do not move at all. Raises
+        ValueError where features, tastes or tags are not those of the model.
         """
         batch, count, num_states = mask_BNT.shape
         if features_BNF.shape != (batch, count, len(self.card.feature_names)):
             wanted = (batch, count, len(self.card.feature_names))
             raise ValueError(f"features have shape {features_BNF.shape}, where the model takes {wanted}")
-        if tastes_BV is None or tags_BNK is None:
-            tastes_BV = np.zeros((batch, BUCKETS), np.float32)
-            tags_BNK = np.full((batch, count, 1), NO_TAG, np.int64)
+        if tastes_BV.shape != (batch, BUCKETS) or tags_BNK.shape[:2] != (batch, count):
+            raise ValueError(f"tastes {tastes_BV.shape}, tags {tags_BNK.shape} for {batch} users, {count} candidates")
         # Where every token keeps its state, columns that no candidate fills are left out.
         if not self.card.item_states and count:
             num_states = max(int(np.asarray(mask_BNT, np.bool_).any((0, 1)).sum()), 1)
@@ -192,7 +191,7 @@ class Scorer:
                 "item_states": states_BNTH[:, part, :num_states].astype(np.float32),
                 "item_state_mask": mask_BNT[:, part, :num_states].astype(np.int64),
                 "features": features_BNF[:, part].astype(np.float32),
-                "tags": tags_BNK[:, part],
+                "tags": tags_BNK[:, part].astype(np.int64),
             }
             feeds = {name: value for name, value in feeds.items() if name in self._scorer_inputs}
             logits[:, part], ratings[:, part] = self._scorer.run(("click_logits", "ratings"), feeds)

@@ -22,7 +22,7 @@ from tailrace.counters import HALF_LIVES_S, KINDS, MAX_TOUCHES, MAX_VISITORS, ad
 from tailrace.errors import InvalidRecord
 from tailrace.events import ItemStats, decode
 from tailrace.ids import ItemId
-from tailrace.items import Item, decode_item
+from tailrace.items import TAG, Item, decode_item
 
 Rows = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -272,8 +272,8 @@ class Catalogue:
         self._items[row] = item
         keys = dict.fromkeys(item.topics_of_interest)
         self._topics[row] = Topics(
-            tags=tuple(key for key in keys if key.startswith("tag:")),
-            entities=tuple(key for key in keys if not key.startswith("tag:")),
+            tags=tuple(key for key in keys if key.startswith(TAG)),
+            entities=tuple(key for key in keys if not key.startswith(TAG)),
         )
         for key in keys:
             self._topic_rows.setdefault(key, set()).add(row)

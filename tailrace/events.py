@@ -34,6 +34,8 @@ ScaleValue = Annotated[float, Meta(ge=-1e9, le=1e9)]
 
 OccurredAt = Annotated[datetime, Meta(tz=True)] | Annotated[int, Meta(ge=0, le=253_402_300_799_000)]
 Scalar = str | float | bool
+TASTE_LIMIT = 8.0
+Taste = Annotated[float, Meta(ge=-TASTE_LIMIT, le=TASTE_LIMIT)]
 ShortText = Annotated[str, Meta(max_length=256)]
 ShortScalar = ShortText | float | bool  # kept in profiles, so bounded
 
@@ -123,7 +125,7 @@ class Ranked(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     position: int | None = None
     propensity: float | None = None
     explored: bool = False
-    tags: list[str] = []
+    tags: Annotated[list[ShortText], Meta(max_length=64)] = []
 
 
 class Impression(Event, frozen=True, kw_only=True, omit_defaults=True):
@@ -144,7 +146,7 @@ class Impression(Event, frozen=True, kw_only=True, omit_defaults=True):
     context: dict[str, Scalar] = {}
     degraded: str = "none"
     profile_age_ms: int | None = None
-    tastes: dict[str, float] = {}
+    tastes: Annotated[dict[ShortText, Taste], Meta(max_length=64)] = {}
 
 
 class DecayedSum(msgspec.Struct, array_like=True):

@@ -1,4 +1,4 @@
-"""The numbers a model sees beside the text: the one maker of late features, for ranking and for the log. Pure.
+"""The numbers a model sees beside text and tastes: the one maker of late features, for ranking and for the log. Pure.
 
 Numbers are fresh: item counters decayed to now, ages, last touches, what the user did a moment ago. The key ones stand
 also as their rank within the pool of candidates, because what is much depends on what else there is.
@@ -25,7 +25,7 @@ from tailrace.text import TEXT_VERSION, is_mobile, local_time, now_interests
 
 Column = NDArray[np.floating] | float
 
-FEATURE_VERSION = 4
+FEATURE_VERSION = 3
 HALF_LIFE_NAMES = ("15m", "1h", "6h", "24h", "7d")
 HEAT_KINDS = ("users", "rated_up")
 HEAT_FLOOR = 0.05  # heat is log(1 + sum / floor): tells a faint trace from none at all, where log1p sees only zeros
@@ -85,7 +85,7 @@ def hash_features(names: Sequence[str]) -> str:
 FEATURE_NAMES: tuple[str, ...] = _feature_names()
 FEATURE_NAMES_HASH: str = hash_features(FEATURE_NAMES)
 
-# Version 0 of the model is this sum and nothing else (`training.model.Head`): learning starts from it. Read it as
+# Version 0 of the model is this sum and nothing else (`training.head.Head`): learning starts from it. Read it as
 # log(popularity of the last hours) - log(age) / 2, plus taste. Chosen on Deskdrop's third quarter, which fixes the
 # counters and how much an untrained cosine may weigh, and in `tailrace.world`, which fixes taste against popularity.
 PRIOR_WEIGHTS: Mapping[str, float] = {

@@ -10,6 +10,7 @@ from tailrace.events import SCHEMA_VERSION, Scalar, ShortText, decode, to_ms
 from tailrace.ids import ItemIdField
 
 Vector = Annotated[list[float], Meta(max_length=4096)]
+TAG = "tag:"  # how the interest key of a tag begins
 _FIRST_MS, _LAST_MS = -62_135_596_800_000, 253_402_300_799_000  # the years 1 to 9999, as a datetime has them
 
 
@@ -45,7 +46,7 @@ class Item(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     @property
     def topics_of_interest(self) -> list[str]:
         """What a touch of this item says about a user: its tags and its entities, as interest keys, each once."""
-        keys = [f"tag:{tag}" for tag in self.tags] + [f"{fact.relation}:{fact.entity}" for fact in self.facts]
+        keys = [f"{TAG}{tag}" for tag in self.tags] + [f"{fact.relation}:{fact.entity}" for fact in self.facts]
         return list(dict.fromkeys(keys))
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from tailrace.catalogue import Topics
 from tailrace.ids import ItemId
+from tailrace.items import TAG
 from tailrace.profile import INTEREST_HALF_LIFE_MS, Profile
 from tailrace.tastes import strongest
 
@@ -22,7 +23,6 @@ from tailrace.tastes import strongest
 _PRIOR_CLICKS = 8.0
 _USUAL_RATE, _USUAL_WEIGHT = 0.05, 40.0  # clicks per item shown, before a user has a rate of their own
 
-TAG = "tag:"  # how the topic of a tag begins
 TOPIC_NAMES = ("tag_affinity", "entity_affinity", "tag_response", "entity_response", "tag_exposure")
 
 TopicsOf = Callable[[ItemId], Sequence[str]]
@@ -56,7 +56,7 @@ def gather_responses(profile: Profile, topics_of: TopicsOf, now_ms: int) -> Resp
         topic: float(np.log((clicked.get(topic, 0.0) + _PRIOR_CLICKS) / (rate * shown.get(topic, 0.0) + _PRIOR_CLICKS)))
         for topic in shown
     }
-    # The more is known of a user, the less each click adds: tastes stay of one size.
+    # The more is known of a user, the less each click adds.
     unit = 1.0 + rate * num_shown / _PRIOR_CLICKS
     tastes = {
         topic.removeprefix(TAG): (clicked.get(topic, 0.0) - rate * times) / unit

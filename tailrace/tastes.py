@@ -2,7 +2,9 @@
 
 Whoever likes castles may like ghosts: no text says so, only what many users do. A model that keeps a weight for every
 pair of tags can learn it. Tags are hashed into a fixed number of buckets (Weinberger et al. 2009, "Feature hashing for
-large scale multitask learning"), so one nobody has seen before has a place as well, and no list of tags has to be kept.
+large scale multitask learning"), so one nobody has seen before has a place as well, and no list of tags has to be
+kept. Whoever changes a bucket, or how many there are, changes what every bundle has learned: FEATURE_VERSION must rise
+with it.
 
 Shapes: V buckets, N candidates, K tags of an item at most.
 """
@@ -15,6 +17,9 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from tailrace.events import TASTE_LIMIT
+from tailrace.items import TAG, Item
+
 BUCKETS = 512
 NO_TAG = BUCKETS  # stands where an item has no further tag
 MOST_TAGS = 8  # of an item; what comes after them is not looked at
@@ -26,10 +31,10 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Tastes:
-    """What a model is told of one user and N candidates: float32 [V] and int64 [N,K], padded with NO_TAG."""
+    """What a model is told of one user and N candidates: float32 [V] and int16 [N,K], padded with NO_TAG."""
 
     user_V: Floats
-    tags_NK: NDArray[np.int64]
+    tags_NK: NDArray[np.int16]
 
     def among(self, chosen: NDArray[np.integer]) -> "Tastes":
         """Returns the same of these candidates alone, in this order."""
@@ -37,13 +42,13 @@ class Tastes:
 
 
 def make_tastes(tastes: Mapping[str, float], tags_N: Sequence[Sequence[str]]) -> Tastes:
-    """Returns the tastes of a user, by tag, and the tags of the candidates by bucket."""
+    """Returns the tastes of a user, by tag, and the tags of the candidates by bucket; a repeated tag counts once."""
     user_V = np.zeros(BUCKETS, dtype=np.float32)
     for tag, taste in tastes.items():
         user_V[bucket(tag)] += taste
-    tags_NK = np.full((len(tags_N), MOST_TAGS), NO_TAG, dtype=np.int64)
+    tags_NK = np.full((len(tags_N), MOST_TAGS), NO_TAG, dtype=np.int16)
     for row, tags in enumerate(tags_N):
-        found = [bucket(tag) for tag in tags[:MOST_TAGS]]
+        found = [bucket(tag) for tag in dict.fromkeys(tags)][:MOST_TAGS]
         tags_NK[row, : len(found)] = found
     return Tastes(user_V, tags_NK)
 
@@ -53,14 +58,22 @@ def no_tastes(count: int) -> Tastes:
     return make_tastes({}, [()] * count)
 
 
-def strongest(tastes: Mapping[str, float]) -> dict[str, float]:
-    """Returns the tastes that are kept of a user's, rounded: those ranked on and those logged are the very same.
+def tags_of(item: Item) -> list[str]:
+    """Returns the tags of an item that are looked at: the first few, each once."""
+    return [key.removeprefix(TAG) for key in item.topics_of_interest if key.startswith(TAG)][:MOST_TAGS]
 
-    >>> strongest({"gothic": 0.123456, "war": 0.0})
-    {'gothic': 0.1235}
+
+def strongest(tastes: Mapping[str, float]) -> dict[str, float]:
+    """Returns the tastes that are kept of a user's: those ranked on and those logged are the very same.
+
+    They are rounded, and cut at the limit of the log: a thousand clicks of one user on one item say no more than a few.
+
+    >>> strongest({"gothic": 0.123456, "war": 0.0, "ghosts": 241.0})
+    {'ghosts': 8.0, 'gothic': 0.1235}
     """
     kept = sorted(tastes, key=lambda tag: (-abs(tastes[tag]), tag))[:_MOST_TASTES]
-    return {tag: rounded for tag in kept if (rounded := round(tastes[tag], _DIGITS))}
+    cut = {tag: min(max(tastes[tag], -TASTE_LIMIT), TASTE_LIMIT) for tag in kept}
+    return {tag: rounded for tag, taste in cut.items() if (rounded := round(taste, _DIGITS))}
 
 
 @lru_cache(maxsize=65_536)

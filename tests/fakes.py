@@ -64,6 +64,7 @@ class WordModel:
         self.score_failure: TailraceError | None = None
         self.user_texts: list[str] = []
         self.tastes: list[Tastes] = []
+        self.scored_texts: list[list[str]] = []
         self._words = WordVectors()
         while self.encodings.catch_up(self._words, catalogue):
             pass
@@ -81,6 +82,7 @@ class WordModel:
         self, user: Any, items: EncodedItems, features_NF: Floats, tastes: Tastes, deadline: float
     ) -> tuple[Floats, Floats]:
         self.tastes.append(tastes)
+        self.scored_texts.append(items.texts_N)
         if self.score_failure is not None:
             raise self.score_failure
         clicks: Floats = items.vectors_ND @ user.vectors_BD[0]

@@ -177,7 +177,7 @@ class Corpus:
                 state_mask=state_mask,
                 features=_pad([one.astype(np.float32) for one in features], 0.0),
                 tastes=torch.from_numpy(np.stack([one.user_V for one in tastes])),
-                tags=_pad([one.tags_NK for one in tastes], NO_TAG),
+                tags=_pad([one.tags_NK for one in tastes], NO_TAG).long(),
                 real=real,
             )
         )

@@ -192,7 +192,10 @@ def load_ranker(directory: Path) -> tuple[SplitRanker, Tokenizer, RankerCard]:
         head_width=card.head_width,
     )
     try:
-        ranker.load_state_dict(load_file(directory / WEIGHTS_FILE))
+        weights = load_file(directory / WEIGHTS_FILE)
+        for name in ("taste_weights", "tag_weights"):  # bundles from before there were tastes say nothing of them
+            weights.setdefault(f"head.{name}", torch.zeros_like(getattr(ranker.head, name)))
+        ranker.load_state_dict(weights)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise BundleError(f"{directory / WEIGHTS_FILE}: {error}") from error
     return ranker, Tokenizer.from_file(str(directory / TOKENIZER_FILE)), card

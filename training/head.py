@@ -18,9 +18,10 @@ RATING_MIN, RATING_MAX = 1.0, 5.0
 class Head(nn.Module):
     """Click logits and ratings from the pooled upper state and late features: a linear prior plus a small network.
 
-    What tags are worth comes beside it, by a weight for every pair of a taste and a tag (`tailrace.tastes`). Those
-    weights, the network's last layer and the gain on the user-item cosine start at zero, so before training the click
-    logit is exactly the prior's linear score, and the rating a bounded, rising function of it with 3.0 at a score of 0.
+    What tags are worth comes beside it: to anybody, and by a weight for every pair of a taste and a tag to this user
+    (`tailrace.tastes`). Those weights, the network's last layer and the gain on the user-item cosine start at zero, so
+    before training the click logit is exactly the prior's linear score, and the rating a bounded, rising function of
+    it with 3.0 at a score of 0.
     """
 
     feature_mean: Tensor
@@ -63,10 +64,10 @@ class Head(nn.Module):
         rating = self.rating_affine[0] * prior + self.rating_affine[1] + learned[..., 1]
         clicks = prior + learned[..., 0]
         if tastes is not None and tags is not None:
-            clicks = clicks + self._like_tags(tastes, tags)
+            clicks = clicks + self._tag_worth(tastes, tags)
         return clicks, RATING_MIN + (RATING_MAX - RATING_MIN) * torch.sigmoid(rating)
 
-    def _like_tags(self, tastes: Tensor, tags: Tensor) -> Tensor:
+    def _tag_worth(self, tastes: Tensor, tags: Tensor) -> Tensor:
         """Returns [B,N]: what the candidates' tags are worth to their users, by the root of how many each has."""
         worth = tastes @ self.taste_weights + self.tag_weights
         worth = torch.cat([worth, torch.zeros_like(worth[:, :1])], 1).unsqueeze(1)  # NO_TAG is worth nothing

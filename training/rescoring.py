@@ -41,7 +41,7 @@ class BundleScorer(Protocol):
         mask_BNT: NDArray[np.bool_],
         features_BNF: Floats,
         tastes_BV: Floats,
-        tags_BNK: NDArray[np.int64],
+        tags_BNK: NDArray[np.integer],
     ) -> tuple[Floats, Floats]:
         """Returns click logits [B,N] and ratings [B,N]."""
 

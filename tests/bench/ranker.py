@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from services.scorer import EncodedItems, Scorer
 from tailrace.ids import ModelVersion
+from tailrace.tastes import no_tastes
 from tests.bench.report import Row
 from training.bert import PACKAGED, Bert, load_base
 from training.export import export_bundle
@@ -145,13 +146,19 @@ def _export_pairwise(folder: Path) -> Path:
 def _scoring(scorer: Scorer, items: EncodedItems) -> Callable[[], object]:
     users = scorer.encode_users([USER_TEXT])
     assert users.mask.shape[1] == USER_TOKENS
-    features = np.zeros((1, NUM_CANDIDATES, len(FEATURE_NAMES)), np.float32)
-    return lambda: scorer.score(users, items.states_NTH[None], items.mask_NT[None], features)
+    numbers = _numbers()
+    return lambda: scorer.score(users, items.states_NTH[None], items.mask_NT[None], *numbers)
 
 
 def _request(scorer: Scorer, items: EncodedItems) -> Callable[[], object]:
+    numbers = _numbers()
+    return lambda: scorer.score(scorer.encode_users([USER_TEXT]), items.states_NTH[None], items.mask_NT[None], *numbers)
+
+
+def _numbers() -> tuple[np.ndarray, ...]:
     features = np.zeros((1, NUM_CANDIDATES, len(FEATURE_NAMES)), np.float32)
-    return lambda: scorer.score(scorer.encode_users([USER_TEXT]), items.states_NTH[None], items.mask_NT[None], features)
+    tastes = no_tastes(NUM_CANDIDATES)
+    return features, tastes.user_V[None], tastes.tags_NK[None]
 
 
 def _pairwise(graph: Path, items: list[str], threads: int, size: int) -> Callable[[], object]:

@@ -14,6 +14,7 @@ from uuid import uuid4
 import msgspec
 import numpy as np
 import pytest
+import torch
 
 from services.bodies import Asked, ModelStatus, RankedAnswer, RecommendationRequest
 from services.encodings import ItemEncodings
@@ -31,10 +32,10 @@ from tailrace.kafka_clients import create_topics, open_producer
 from tailrace.pointer import assigned_version
 from tailrace.registry import Registry, announce, open_registry
 from tailrace.settings import Settings, load_settings
-from tailrace.tastes import no_tastes
+from tailrace.tastes import make_tastes
 from tailrace.topics import tailrace_topics
 from tests.fakes import WordVectors
-from training.export import build_version_zero
+from training.export import build_version_zero, export_bundle, load_ranker
 
 NOW_MS = 1_790_000_000_000
 
@@ -238,7 +239,11 @@ def test_encodings_kept_on_disk_are_used_again_and_a_damaged_file_is_not(tmp_pat
 
 def test_users_cached_and_stacked_score_as_they_do_alone(bundle: Path, tmp_path: Path) -> None:
     settings = load_settings(None, {}, data_dir=str(tmp_path))
-    model = LoadedModel.load(bundle, ModelVersion("v0"), settings)
+    ranker, tokenizer, _ = load_ranker(bundle)
+    torch.nn.init.normal_(ranker.head.taste_weights)  # what a version has learned of tastes
+    version = ModelVersion("v1")
+    export_bundle(ranker, tokenizer, tmp_path / "learned", version=version, precisions=("int8",))
+    model = LoadedModel.load(tmp_path / "learned", version, settings)
     catalogue = Catalogue()
     for number in range(6):
         item = Item(item_id=f"i{number}", title=f"Book number {number}")
@@ -251,11 +256,14 @@ def test_users_cached_and_stacked_score_as_they_do_alone(bundle: Path, tmp_path:
     _, first_four = model.encodings.gather(np.arange(4))
     users = [model.encode_user(text, deadline) for text in ("short", "a much longer text about a user who reads")]
     assert model.encode_user("short", deadline) is users[0]
-    alone = [model.score(user, items, features, no_tastes(6), deadline)[0] for user in users]
+    tags_N = [["war"], ["sea", "war"], [], ["ghosts"], ["sea"], ["ghosts", "sea"]]
+    tastes = [make_tastes({"war": 1.0}, tags_N), make_tastes({"sea": 2.0, "ghosts": -1.0}, tags_N)]
+    alone = [model.score(user, items, features, liked, deadline)[0] for user, liked in zip(users, tastes, strict=True)]
+    assert np.abs(alone[0] - alone[1]).max() > 0.2  # tastes tell
 
     jobs = [
-        ScoreJob(users[0], first_four, features[:4], no_tastes(4)),
-        ScoreJob(users[1], items, features, no_tastes(6)),
+        ScoreJob(users[0], first_four, features[:4], tastes[0].among(np.arange(4))),
+        ScoreJob(users[1], items, features, tastes[1]),
     ]
     together = model.score_together(jobs)
     np.testing.assert_allclose(together[0][0], alone[0][:4], atol=0.05)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import msgspec
 import numpy as np
@@ -16,8 +17,9 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import f1_score, log_loss, ndcg_score, precision_score, recall_score, roc_auc_score
 from sklearn.metrics.pairwise import cosine_similarity
 
-from services.scorer import Scorer
+from services.scorer import EncodedItems, Scorer
 from tailrace.ids import ItemId
+from tailrace.tastes import Tastes, make_tastes
 from tests.made_up_slates import make_example, make_examples
 from tests.unit.conftest import FEATURE_NAMES as BUNDLE_FEATURES
 from training.calibration import AS_SCORED, Platt, fit_platt
@@ -320,9 +322,37 @@ def test_rescored_examples_get_the_utility_that_serving_ranks_by(bundle_dir: Pat
             items.states_NTH[None],
             items.mask_NT[None],
             example.features_NF[None],
+            example.tastes.user_V[None],
+            example.tastes.tags_NK[None],
         )
         np.testing.assert_allclose(scores_N, clicks[0] + 0.25 * (ratings[0] - 3), atol=1e-4)
         assert scores_N.dtype == np.float32
+
+
+def test_rescoring_tells_the_model_of_each_users_tastes_and_each_candidates_tags() -> None:
+    class Noting:
+        told: ClassVar[list[Tastes]] = []
+
+        def encode_users(self, texts: Sequence[str]) -> None: ...
+
+        def encode_items(self, texts: Sequence[str]) -> EncodedItems:
+            count = len(texts)
+            return EncodedItems(
+                np.zeros((count, 1, 2), np.float16), np.ones((count, 1), np.bool_), np.zeros((count, 2))
+            )
+
+        def score(self, users, states, mask, features, tastes, tags):  # type: ignore[no-untyped-def]
+            self.told.append(Tastes(tastes[0], tags[0]))
+            return np.zeros(mask.shape[:2], np.float32), np.full(mask.shape[:2], 3.0, np.float32)
+
+    examples = [
+        replace(one, tastes=make_tastes({f"t{number}": 1.0}, [[f"t{row}"] for row in range(len(one.texts))]))
+        for number, one in enumerate(make_examples(4)[0])
+    ]
+    score_examples(Noting(), examples, rating_weight=0.25)
+    for example, told in zip(examples, Noting.told, strict=True):
+        np.testing.assert_array_equal(told.user_V, example.tastes.user_V)
+        np.testing.assert_array_equal(told.tags_NK, example.tastes.tags_NK)
 
 
 def test_examples_rescored_several_at_a_time_score_as_they_do_one_by_one(bundle_dir: Path) -> None:

@@ -25,7 +25,7 @@ from training.course import compute_losses, score_batch
 from training.dataset import Batch, Corpus
 from training.examples import Example
 from training.fine_tune import FineTuned, fine_tune
-from training.learner import Learner, feature_units, level_shift, to_raw_units, to_standard_units
+from training.learner import Learner, feature_units, level_shift, scale_clicks, to_raw_units, to_standard_units
 from training.lessons import Lesson, choose_lessons, plan_batches
 from training.lora import adapt_layers, merge_layers
 from training.losses import ndcg
@@ -504,6 +504,22 @@ def test_texts_read_in_several_threads_give_the_same_batches_bit_for_bit() -> No
     ranker, examples = small_ranker(), make_examples(100, by_word)
     one, three = (read(ranker, examples, 2, threads=threads).batch(range(100)) for threads in (1, 3))
     assert all(torch.equal(getattr(one, name), getattr(three, name)) for name in ("users", "user_vectors", "states"))
+
+
+def test_scaled_clicks_keep_their_order_and_ratings_stay() -> None:
+    head = small_ranker().head
+    for name in ("taste_weights", "tag_weights", "outer.weight", "match_gain"):
+        torch.nn.init.normal_(head.get_parameter(name))
+    torch.manual_seed(1)
+    inputs = torch.randn(2, 5, 32), torch.randn(2, 32), torch.randn(2, 5, len(FEATURE_NAMES))
+    tastes = random_tastes(5, seed=[1])
+    liked = torch.from_numpy(np.stack([tastes.user_V] * 2)), torch.from_numpy(np.stack([tastes.tags_NK] * 2)).long()
+    with torch.no_grad():
+        clicks, ratings = head(*inputs, *liked)
+        scale_clicks(head, 3.0)
+        scaled, same = head(*inputs, *liked)
+    torch.testing.assert_close(scaled, 3.0 * clicks, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(same, ratings, atol=1e-4, rtol=1e-4)
 
 
 def test_head_says_the_same_in_standard_units_and_back() -> None:

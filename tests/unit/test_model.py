@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BertModel
 
@@ -18,7 +19,7 @@ from tailrace.ids import ModelVersion
 from tailrace.tastes import BUCKETS, NO_TAG
 from tests.unit.conftest import FEATURE_NAMES, PRIOR
 from training.bert import PACKAGED, Bert, BertShape, _packaged_folder, load_base
-from training.export import export_bundle, load_ranker
+from training.export import WEIGHTS_FILE, export_bundle, load_ranker
 from training.model import SplitRanker
 from training.parity import PARITY_FILE, ParityReport, require_parity
 
@@ -286,6 +287,20 @@ def test_warm_start_scores_as_what_was_saved(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(again.eval()(*inputs)[0], ranker(*inputs)[0])
     assert (card.split_layer, card.item_states, tuple(card.feature_names)) == (2, 3, FEATURE_NAMES)
+
+
+def test_bundle_from_before_there_were_tastes_says_nothing_of_them(tmp_path: Path) -> None:
+    ranker = small_ranker(split_layer=2, item_states=3)
+    export_bundle(ranker, load_base(PACKAGED)[1], tmp_path / "b", version=ModelVersion("t"), precisions=("fp32",))
+    weights = load_file(tmp_path / "b" / WEIGHTS_FILE)
+    save_file(
+        {name: weight for name, weight in weights.items() if name not in ("head.taste_weights", "head.tag_weights")},
+        tmp_path / "b" / WEIGHTS_FILE,
+    )
+    again = load_ranker(tmp_path / "b")[0]
+    inputs = *random_tokens(2, 9), *random_tokens(2, 3, 7), random_features(2, 3)
+    with torch.no_grad():
+        assert torch.equal(again.eval()(*inputs, *random_tastes(2, 3))[0], ranker(*inputs)[0])
 
 
 def test_export_never_writes_over_a_folder(tmp_path: Path) -> None:

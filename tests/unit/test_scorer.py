@@ -43,6 +43,11 @@ def random_features(batch: int, count: int) -> np.ndarray:
     return np.random.default_rng(3).standard_normal((batch, count, len(FEATURE_NAMES))).astype(np.float32)
 
 
+def random_tastes(batch: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(4)
+    return rng.normal(size=(batch, BUCKETS)).astype(np.float32), rng.integers(BUCKETS + 1, size=(batch, count, 3))
+
+
 def slates(items: EncodedItems, rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     return items.states_NTH[np.array(rows)], items.mask_NT[np.array(rows)]
 
@@ -103,7 +108,7 @@ def test_version_zero_scores_by_its_prior_in_every_precision(bundle_dir: Path, p
     features = random_features(2, 5)
     features[0, 0] = 1e6  # a raw counter may be larger than float16 can hold
     states, mask = slates(scorer.encode_items(ITEMS), [[0, 1, 2, 3, 4]] * 2)
-    logits, ratings = scorer.score(scorer.encode_users(USERS), states, mask, features)
+    logits, ratings = scorer.score(scorer.encode_users(USERS), states, mask, features, *random_tastes(*mask.shape[:2]))
     weights = np.array([PRIOR.get(name, 0.0) for name in FEATURE_NAMES], np.float32)
     np.testing.assert_allclose(logits, features @ weights, rtol=1e-5, atol=1e-5)
     assert ((ratings >= 1) & (ratings <= 5)).all()
@@ -155,8 +160,9 @@ def test_long_slates_are_scored_in_parts_without_a_trace(exact: Scorer) -> None:
     states, mask = slates(exact.encode_items(ITEMS), rows)
     features = random_features(1, 700)
     users = exact.encode_users(USERS[:1])
-    logits, _ = exact.score(users, states, mask, features)
-    last, _ = exact.score(users, states[:, -3:], mask[:, -3:], features[:, -3:])
+    tastes, tags = random_tastes(1, 700)
+    logits, _ = exact.score(users, states, mask, features, tastes, tags)
+    last, _ = exact.score(users, states[:, -3:], mask[:, -3:], features[:, -3:], tastes, tags[:, -3:])
     np.testing.assert_allclose(logits[:, -3:], last, atol=1e-5)
 
 
@@ -174,14 +180,20 @@ def test_empty_lists_give_empty_answers(exact: Scorer) -> None:
         np.zeros((2, 0, 4, 384), np.float16),
         np.zeros((2, 0, 4), np.bool_),
         random_features(2, 0),
+        *random_tastes(2, 0),
     )
     assert logits.shape == ratings.shape == (2, 0)
 
 
 def test_features_of_another_model_are_refused(exact: Scorer) -> None:
     states, mask = slates(exact.encode_items(ITEMS), [[0, 1]])
+    users, (tastes, tags) = exact.encode_users(USERS[:1]), random_tastes(1, 2)
     with pytest.raises(ValueError, match="features have shape"):
-        exact.score(exact.encode_users(USERS[:1]), states, mask, np.zeros((1, 2, 3), np.float32))
+        exact.score(users, states, mask, np.zeros((1, 2, 3), np.float32), tastes, tags)
+    with pytest.raises(ValueError, match="tastes"):
+        exact.score(users, states, mask, random_features(1, 2), tastes[:, 1:], tags)
+    with pytest.raises(ValueError, match="tags"):
+        exact.score(users, states, mask, random_features(1, 2), tastes, tags[:, 1:])
 
 
 def test_serving_imports_neither_torch_nor_transformers() -> None:
