@@ -27,7 +27,7 @@ from tailrace.bundle import Bundle, LooseBundle
 from tailrace.catalogue import Catalogue
 from tailrace.cosines import Floats
 from tailrace.errors import BundleError, ScoringError, TooLate
-from tailrace.features import FEATURE_NAMES_HASH
+from tailrace.features import FEATURE_NAMES, FEATURE_NAMES_HASH
 from tailrace.ids import ModelVersion
 from tailrace.settings import RankerSettings, Settings
 from tailrace.tastes import Tastes
@@ -102,7 +102,8 @@ class LoadedModel:
             bundle, parts, run, precision=precision, provider=ranker.device, intra_op_threads=ranker.intra_op_threads
         )
         card = scorer.card
-        if card.feature_names_hash != FEATURE_NAMES_HASH or str(card.text_version) != str(TEXT_VERSION):
+        made_of = (tuple(card.feature_names), card.feature_names_hash, str(card.text_version))
+        if made_of != (FEATURE_NAMES, FEATURE_NAMES_HASH, str(TEXT_VERSION)):
             raise BundleError(f"{version} was trained on other features or text than this program makes")
         encoder = encoder_digest(bundle, precision, card.max_item_tokens)
 
