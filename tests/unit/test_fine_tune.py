@@ -202,7 +202,7 @@ def score(ranker: SplitRanker, examples: Sequence[Example]) -> list[Tensor]:
                 *(part[None] for part in tokens(one.texts, 8)),
                 torch.from_numpy(one.features_NF)[None],
                 torch.from_numpy(one.tastes.user_V)[None],
-                torch.from_numpy(one.tastes.tags_NK)[None],
+                torch.from_numpy(one.tastes.tags_NK).long()[None],
             )[0][0]
             for one in examples
         ]
