@@ -37,7 +37,7 @@ _SETTINGS: dict[str, Any] = {
     "training": {"min_examples": 150, "wait_s": 5.0, "holdout_share": 0.4, "threads": 1},
     "gate": {"margin": 0.05, "max_found_loss": 0.05, "confidence": 0.8, "canary_share": 0.5, "canary_impressions": 60},
 }
-_ROUND_AFTER = 250  # new impressions
+_ROUND_AFTER = 400  # new impressions
 _READY_TIMEOUT_S = 120.0
 
 
