@@ -29,7 +29,7 @@ from tailrace.topics import tailrace_topics
 from tailrace.world import Moment, World
 from training.schedule import Schedule
 
-_READERS = 80
+_READERS = 40
 _VISITS_PER_S = 7.0
 # A few minutes of a few dozen readers: rounds begin early, learn little at a time, and the gate asks for less certainty
 # than it should where anybody's shop is at stake.
