@@ -34,7 +34,7 @@ ScaleValue = Annotated[float, Meta(ge=-1e9, le=1e9)]
 
 OccurredAt = Annotated[datetime, Meta(tz=True)] | Annotated[int, Meta(ge=0, le=253_402_300_799_000)]
 Scalar = str | float | bool
-TASTE_LIMIT = 8.0
+MOST_TASTES, TASTE_LIMIT = 64, 8.0  # of a user: how many, and how strong
 Taste = Annotated[float, Meta(ge=-TASTE_LIMIT, le=TASTE_LIMIT)]
 ShortText = Annotated[str, Meta(max_length=256)]
 ShortScalar = ShortText | float | bool  # kept in profiles, so bounded
@@ -146,7 +146,7 @@ class Impression(Event, frozen=True, kw_only=True, omit_defaults=True):
     context: dict[str, Scalar] = {}
     degraded: str = "none"
     profile_age_ms: int | None = None
-    tastes: Annotated[dict[ShortText, Taste], Meta(max_length=64)] = {}
+    tastes: Annotated[dict[ShortText, Taste], Meta(max_length=MOST_TASTES)] = {}
 
 
 class DecayedSum(msgspec.Struct, array_like=True):

@@ -17,13 +17,12 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from tailrace.events import TASTE_LIMIT
+from tailrace.events import MOST_TASTES, TASTE_LIMIT
 from tailrace.items import TAG, Item
 
 BUCKETS = 512
 NO_TAG = BUCKETS  # stands where an item has no further tag
 MOST_TAGS = 8  # of an item; what comes after them is not looked at
-_MOST_TASTES = 64  # of a user: the strongest
 _DIGITS = 4
 
 Floats = NDArray[np.float32]
@@ -71,7 +70,7 @@ def strongest(tastes: Mapping[str, float]) -> dict[str, float]:
     >>> strongest({"gothic": 0.123456, "war": 0.0, "ghosts": 241.0})
     {'ghosts': 8.0, 'gothic': 0.1235}
     """
-    kept = sorted(tastes, key=lambda tag: (-abs(tastes[tag]), tag))[:_MOST_TASTES]
+    kept = sorted(tastes, key=lambda tag: (-abs(tastes[tag]), tag))[:MOST_TASTES]
     cut = {tag: min(max(tastes[tag], -TASTE_LIMIT), TASTE_LIMIT) for tag in kept}
     return {tag: rounded for tag, taste in cut.items() if (rounded := round(taste, _DIGITS))}
 

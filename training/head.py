@@ -49,12 +49,12 @@ class Head(nn.Module):
         pooled: Tensor,
         user_vectors: Tensor,
         features: Tensor,
-        tastes: Tensor | None = None,
-        tags: Tensor | None = None,
+        tastes: Tensor,
+        tags: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Returns click logits [B,N] and ratings [B,N] in 1..5, from states [B,N,H], users [B,H], features [B,N,F].
 
-        `tastes` [B,V] and `tags` [B,N,K] are those of `tailrace.tastes`; without them they say nothing.
+        `tastes` [B,V] and `tags` [B,N,K] are those of `tailrace.tastes`.
         """
         match = (nn.functional.normalize(pooled, dim=-1) * user_vectors.unsqueeze(1)).sum(-1)
         prior = (features * self.prior).sum(-1)
@@ -62,9 +62,7 @@ class Head(nn.Module):
         learned = self.outer(nn.functional.gelu(self.inner(torch.cat([pooled, standard], -1))))
         learned = learned + match.unsqueeze(-1) * self.match_gain
         rating = self.rating_affine[0] * prior + self.rating_affine[1] + learned[..., 1]
-        clicks = prior + learned[..., 0]
-        if tastes is not None and tags is not None:
-            clicks = clicks + self._tag_worth(tastes, tags)
+        clicks = prior + learned[..., 0] + self._tag_worth(tastes, tags)
         return clicks, RATING_MIN + (RATING_MAX - RATING_MIN) * torch.sigmoid(rating)
 
     def _tag_worth(self, tastes: Tensor, tags: Tensor) -> Tensor:

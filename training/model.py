@@ -75,8 +75,8 @@ class SplitRanker(nn.Module):
         item_tokens: Tensor,
         item_mask: Tensor,
         features: Tensor,
-        tastes: Tensor | None = None,
-        tags: Tensor | None = None,
+        tastes: Tensor,
+        tags: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Returns click logits [B,N] and ratings [B,N] for tokens [B,U] and [B,N,S], as serving does in three steps."""
         batch, count, width = item_tokens.shape
@@ -146,8 +146,8 @@ class SplitRanker(nn.Module):
         states: Tensor,
         state_mask: Tensor,
         features: Tensor,
-        tastes: Tensor | None = None,
-        tags: Tensor | None = None,
+        tastes: Tensor,
+        tags: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns click logits [B,N], ratings [B,N] and the pooled top states [B,N,H] of candidates [B,N,T,H]."""
         batch, count, per_item, hidden = states.shape
@@ -205,8 +205,8 @@ class SplitRanker(nn.Module):
         states: Tensor,
         state_mask: Tensor,
         features: Tensor,
-        tastes: Tensor | None = None,
-        tags: Tensor | None = None,
+        tastes: Tensor,
+        tags: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Returns click logits [B,N] and ratings [B,N] from the top item states that `advance` ends with."""
         batch, count, per_item, hidden = states.shape

@@ -18,7 +18,7 @@ from torch import Tensor
 from tailrace.errors import TrainingDiverged
 from tailrace.ids import ItemId, ModelVersion, RequestId, UserId
 from tailrace.settings import TrainingSettings
-from tailrace.tastes import Tastes, bucket, make_tastes
+from tailrace.tastes import Tastes, bucket, make_tastes, no_tastes
 from tests.unit.conftest import FEATURE_NAMES, PRIOR
 from training.bert import PACKAGED, Bert, BertShape, load_base
 from training.course import compute_losses, score_batch
@@ -124,6 +124,12 @@ def random_tastes(size: int, seed: Sequence[int]) -> Tastes:
     return make_tastes({f"tag {number}": taste for number, taste in enumerate(rng.normal(size=9))}, tags_N)
 
 
+def as_tensors(tastes: Sequence[Tastes]) -> tuple[Tensor, Tensor]:
+    """Tastes [B,V] and tags [B,N,K] as a ranker takes them."""
+    tags = np.stack([one.tags_NK for one in tastes])
+    return torch.from_numpy(np.stack([one.user_V for one in tastes])), torch.from_numpy(tags).long()
+
+
 def by_cosine(features: np.ndarray, texts: Sequence[str], rng: np.random.Generator) -> np.ndarray:
     """Clicked is what has the highest cosine of the first six."""
     return np.asarray(np.arange(len(texts)) == features[:6, COSINE].argmax())
@@ -201,8 +207,7 @@ def score(ranker: SplitRanker, examples: Sequence[Example]) -> list[Tensor]:
                 *tokens([one.user_text], 16),
                 *(part[None] for part in tokens(one.texts, 8)),
                 torch.from_numpy(one.features_NF)[None],
-                torch.from_numpy(one.tastes.user_V)[None],
-                torch.from_numpy(one.tastes.tags_NK).long()[None],
+                *as_tensors([one.tastes]),
             )[0][0]
             for one in examples
         ]
@@ -275,7 +280,7 @@ def test_planted_position_bias_does_not_fool_the_head(tmp_path: Path) -> None:
         probe[0, 1, RANK] -= 4
         probe[0, 2, COSINE] -= 4
         with torch.no_grad():
-            logits = head(torch.zeros(1, 3, 32), torch.zeros(1, 32), probe)[0][0]
+            logits = head(torch.zeros(1, 3, 32), torch.zeros(1, 32), probe, *as_tensors([no_tastes(3)]))[0][0]
         return float((logits[0] - logits[1]) / (logits[0] - logits[2]))
 
     settings = change(epochs=6, head_learning_rate=5e-3, batch=16)
@@ -513,7 +518,7 @@ def test_scaled_clicks_keep_their_order_and_ratings_stay() -> None:
     torch.manual_seed(1)
     inputs = torch.randn(2, 5, 32), torch.randn(2, 32), torch.randn(2, 5, len(FEATURE_NAMES))
     tastes = random_tastes(5, seed=[1])
-    liked = torch.from_numpy(np.stack([tastes.user_V] * 2)), torch.from_numpy(np.stack([tastes.tags_NK] * 2)).long()
+    liked = as_tensors([tastes] * 2)
     with torch.no_grad():
         clicks, ratings = head(*inputs, *liked)
         scale_clicks(head, 3.0)
@@ -527,18 +532,20 @@ def test_head_says_the_same_in_standard_units_and_back() -> None:
     head = ranker.head
     with torch.no_grad():
         head.outer.weight.normal_()
+        head.taste_weights.normal_()
         head.rating_affine.copy_(torch.tensor([0.4, -0.3]))
     features = np.stack([one.features_NF for one in make_examples(20, by_cosine)])
     units = feature_units(head, features.reshape(-1, len(FEATURE_NAMES)))
     head.feature_mean.copy_(torch.from_numpy(units[0]))
     head.feature_std.copy_(torch.from_numpy(units[1]))
     pooled, users = torch.randn(20, 8, 32), torch.nn.functional.normalize(torch.randn(20, 32), dim=-1)
+    liked = as_tensors([random_tastes(8, seed=[number]) for number in range(20)])
     with torch.no_grad():
-        raw = head(pooled, users, torch.from_numpy(features))
+        raw = head(pooled, users, torch.from_numpy(features), *liked)
         to_standard_units(head, *units)
-        standard = head(pooled, users, torch.from_numpy(((features - units[0]) / units[1]).astype(np.float32)))
+        standard = head(pooled, users, torch.from_numpy(((features - units[0]) / units[1]).astype(np.float32)), *liked)
         to_raw_units(head, *units)
-        back = head(pooled, users, torch.from_numpy(features))
+        back = head(pooled, users, torch.from_numpy(features), *liked)
     for one, other in zip(raw * 2, standard + back, strict=True):
         torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-4)
 

@@ -66,7 +66,12 @@ def random_tastes(*shape: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     tags = torch.randint(BUCKETS, (*shape, 5), generator=generator)
     some = torch.arange(5) < torch.randint(6, (*shape, 1), generator=generator)
-    return torch.randn(shape[0], BUCKETS, generator=generator), torch.where(some, tags, NO_TAG)
+    return torch.randn(shape[0], BUCKETS, generator=generator) / 10, torch.where(some, tags, NO_TAG)
+
+
+def no_tastes(*shape: int) -> tuple[Tensor, Tensor]:
+    """The same of users and items of whom nothing is known."""
+    return torch.zeros(shape[0], BUCKETS), torch.full((*shape, 1), NO_TAG)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +115,7 @@ def test_all_tokens_equal_transformers_under_the_one_way_mask(
         keys, values, vectors = ranker.encode_users(*user)
         states, mask, _ = ranker.encode_items(*(part.reshape(8, 9) for part in items))
         shaped = states.reshape(2, 4, 9, -1), mask.reshape(2, 4, 9)
-        pooled = ranker.score(keys, values, user[1], vectors, *shaped, random_features(2, 4))[2]
+        pooled = ranker.score(keys, values, user[1], vectors, *shaped, random_features(2, 4), *random_tastes(2, 4))[2]
     torch.testing.assert_close(pooled, run_packed(reference, user, items, split_layer), atol=FLOAT_NOISE, rtol=0)
 
 
@@ -130,7 +135,7 @@ def test_untrained_logits_are_exactly_the_prior() -> None:
     ranker = SplitRanker(Bert(SMALL), feature_names=FEATURE_NAMES, prior=PRIOR).eval()
     features = random_features(2, 5) * 3
     with torch.no_grad():
-        logits, ratings = ranker(*random_tokens(2, 10), *random_tokens(2, 5, 6), features)
+        logits, ratings = ranker(*random_tokens(2, 10), *random_tokens(2, 5, 6), features, *random_tastes(2, 5))
     weights = torch.tensor([PRIOR.get(name, 0.0) for name in FEATURE_NAMES])
     torch.testing.assert_close(logits, features @ weights, atol=1e-6, rtol=1e-6)
     assert ((ratings > 1) & (ratings < 5)).all()
@@ -140,7 +145,7 @@ def test_untrained_logits_are_exactly_the_prior() -> None:
 def test_untrained_rating_of_a_zero_prior_is_three() -> None:
     ranker = SplitRanker(Bert(SMALL), feature_names=FEATURE_NAMES, prior={}).eval()
     with torch.no_grad():
-        ratings = ranker(*random_tokens(1, 10), *random_tokens(1, 5, 6), random_features(1, 5))[1]
+        ratings = ranker(*random_tokens(1, 10), *random_tokens(1, 5, 6), random_features(1, 5), *random_tastes(1, 5))[1]
     assert torch.equal(ratings, torch.full((1, 5), 3.0))
 
 
@@ -158,11 +163,18 @@ def test_score_never_depends_on_batch_mates(seed, count, mates, split_layer, ite
     user = random_tokens(1, 9, shortest=2, seed=seed)
     tokens, mask = random_tokens(1, count + mates, 7, seed=seed + 1)
     features = random_features(1, count + mates, seed=seed)
+    tastes, tags = random_tastes(1, count + mates, seed=seed)
     places = list(range(count + mates))
     order.shuffle(places)
+
+    def score_among(chosen: list[int]) -> tuple[Tensor, Tensor]:
+        of_items = (part[:, chosen] for part in (tokens, mask, features))
+        scores: tuple[Tensor, Tensor] = ranker(*user, *of_items, tastes, tags[:, chosen])
+        return scores
+
     with torch.no_grad():
-        alone = [ranker(*user, tokens[:, [i]], mask[:, [i]], features[:, [i]]) for i in range(count)]
-        logits, ratings = ranker(*user, tokens[:, places], mask[:, places], features[:, places])
+        alone = [score_among([item]) for item in range(count)]
+        logits, ratings = score_among(places)
     for item, (logit, rating) in enumerate(alone):
         place = places.index(item)
         torch.testing.assert_close(logits[:, [place]], logit, atol=FLOAT_NOISE, rtol=0)
@@ -173,15 +185,17 @@ def test_user_encoded_once_equals_encoded_for_each_item() -> None:
     ranker = small_ranker(split_layer=1, item_states=2)
     tokens, mask = random_tokens(1, 9, shortest=4)
     item_tokens, item_mask = random_tokens(1, 5, 7)
-    features = random_features(1, 5)
+    features, (tastes, tags) = random_features(1, 5), random_tastes(1, 5)
     with torch.no_grad():
-        shared = ranker(tokens, mask, item_tokens, item_mask, features)[0]
+        shared = ranker(tokens, mask, item_tokens, item_mask, features, tastes, tags)[0]
         one_each = ranker(
             tokens.expand(5, -1),
             mask.expand(5, -1),
             item_tokens[0, :, None],
             item_mask[0, :, None],
             features[0, :, None],
+            tastes.expand(5, -1),
+            tags[0, :, None],
         )[0]
     torch.testing.assert_close(shared[0], one_each[:, 0], atol=FLOAT_NOISE, rtol=0)
 
@@ -192,7 +206,7 @@ def test_more_padding_changes_nothing(item_states: int) -> None:
     user, items, features = random_tokens(2, 9), random_tokens(2, 3, 7), random_features(2, 3)
     wider = [torch.nn.functional.pad(part, (0, 4)) for part in (*user, *items)]
     with torch.no_grad():
-        tight, padded = ranker(*user, *items, features)[0], ranker(*wider, features)[0]
+        tight, padded = (ranker(*texts, features, *random_tastes(2, 3))[0] for texts in ((*user, *items), wider))
     torch.testing.assert_close(tight, padded, atol=FLOAT_NOISE, rtol=0)
 
 
@@ -217,7 +231,7 @@ def test_tags_are_worth_what_their_users_tastes_say_of_them() -> None:
     texts = *random_tokens(2, 9), *random_tokens(2, 3, 7)
     features, (tastes, tags) = random_features(2, 3), random_tastes(2, 3)
     with torch.no_grad():
-        without, with_tastes = ranker(*texts, features)[0], ranker(*texts, features, tastes, tags)[0]
+        without, with_tastes = (ranker(*texts, features, *liked)[0] for liked in (no_tastes(2, 3), (tastes, tags)))
     for user in range(2):
         for item in range(3):
             real = [tag for tag in tags[user, item].tolist() if tag != NO_TAG]
@@ -283,7 +297,7 @@ def test_warm_start_scores_as_what_was_saved(tmp_path: Path) -> None:
     ranker.head.feature_mean.fill_(0.5)
     export_bundle(ranker, load_base(PACKAGED)[1], tmp_path / "b", version=ModelVersion("t"), precisions=("fp32",))
     again, _, card = load_ranker(tmp_path / "b")
-    inputs = *random_tokens(2, 9), *random_tokens(2, 3, 7), random_features(2, 3)
+    inputs = *random_tokens(2, 9), *random_tokens(2, 3, 7), random_features(2, 3), *random_tastes(2, 3)
     with torch.no_grad():
         assert torch.equal(again.eval()(*inputs)[0], ranker(*inputs)[0])
     assert (card.split_layer, card.item_states, tuple(card.feature_names)) == (2, 3, FEATURE_NAMES)
@@ -300,7 +314,7 @@ def test_bundle_from_before_there_were_tastes_says_nothing_of_them(tmp_path: Pat
     again = load_ranker(tmp_path / "b")[0]
     inputs = *random_tokens(2, 9), *random_tokens(2, 3, 7), random_features(2, 3)
     with torch.no_grad():
-        assert torch.equal(again.eval()(*inputs, *random_tastes(2, 3))[0], ranker(*inputs)[0])
+        assert torch.equal(again.eval()(*inputs, *random_tastes(2, 3))[0], ranker(*inputs, *no_tastes(2, 3))[0])
 
 
 def test_export_never_writes_over_a_folder(tmp_path: Path) -> None:
