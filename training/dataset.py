@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tailrace.tastes import NO_TAG
 from training.lessons import Lesson
-from training.model import SplitRanker
+from training.model import SplitRanker, masked_mean
 from training.team import ALONE, Team
 
 KEPT_BYTES = 3 * 2**30  # states kept between epochs; what does not fit is computed again when its turn comes
@@ -241,7 +241,7 @@ class Corpus:
             users, states = ranker.advance(users, user_mask, states, state_mask, self._shared, self._first_layer)
         lengths, widths = user_mask.sum(1).tolist(), real.sum(1).tolist()
         if self._pooled_only:
-            users, states, lengths = users[:, :0], _mean(states, state_mask), [0] * len(chosen)
+            users, states, lengths = users[:, :0], masked_mean(states, state_mask).unsqueeze(-2), [0] * len(chosen)
         users, states = users.cpu().half(), states.cpu().half()
         return [
             Reading(users[row, :length].clone(), states[row, :width].clone(), vectors[row])
@@ -299,9 +299,3 @@ def _tokenize(tokenizer: Tokenizer, texts: Sequence[str], most: int) -> list[lis
 def _pad(columns: Sequence[NDArray[np.generic]], value: float | bool) -> Tensor:
     tensors = [torch.from_numpy(np.array(column)) for column in columns]
     return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
-
-
-def _mean(states: Tensor, mask: Tensor) -> Tensor:
-    """Returns the mean over the last but one axis, which it keeps at length 1: [...,M,H] and [...,M] to [...,1,H]."""
-    weights = mask.to(states.dtype).unsqueeze(-1)
-    return (states * weights).sum(-2, keepdim=True) / weights.sum(-2, keepdim=True).clamp(min=1.0)

@@ -30,7 +30,7 @@ class TextVector(nn.Module):
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
         """Returns vectors [B,H] of states [B,M,H]."""
-        return nn.functional.normalize(_masked_mean(states, mask), dim=-1)
+        return nn.functional.normalize(masked_mean(states, mask), dim=-1)
 
 
 class SplitRanker(nn.Module):
@@ -159,7 +159,7 @@ class SplitRanker(nn.Module):
             states = self._attend_jointly(
                 layer, states, user_keys[:, depth], user_values[:, depth], user_bias, own_bias
             )
-        pooled = _masked_mean(states.reshape(batch * count, per_item, hidden), state_mask.reshape(-1, per_item))
+        pooled = masked_mean(states.reshape(batch * count, per_item, hidden), state_mask.reshape(-1, per_item))
         pooled = pooled.reshape(batch, count, hidden)
         click_logits, ratings = self.head(pooled, user_vectors, features, tastes, tags)
         return click_logits, ratings, pooled
@@ -210,7 +210,7 @@ class SplitRanker(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Returns click logits [B,N] and ratings [B,N] from the top item states that `advance` ends with."""
         batch, count, per_item, hidden = states.shape
-        pooled = _masked_mean(states.reshape(-1, per_item, hidden), state_mask.reshape(-1, per_item))
+        pooled = masked_mean(states.reshape(-1, per_item, hidden), state_mask.reshape(-1, per_item))
         pooled = pooled.reshape(batch, count, hidden)
         judged: tuple[Tensor, Tensor] = self.head(pooled, user_vectors, features, tastes, tags)
         return judged
@@ -258,7 +258,7 @@ def _attention_bias(mask: Tensor) -> Tensor:
     return ((1 - mask).to(torch.float32) * MASKED).unsqueeze(1).unsqueeze(1)
 
 
-def _masked_mean(states: Tensor, mask: Tensor) -> Tensor:
-    """Returns the mean of the real states: [B,M,H] and [B,M] to [B,H]; zeros where there are none."""
+def masked_mean(states: Tensor, mask: Tensor) -> Tensor:
+    """Returns the mean of the real states: [...,M,H] and [...,M] to [...,H]; zeros where there are none."""
     weights = mask.to(states.dtype).unsqueeze(-1)
-    return (states * weights).sum(1) / weights.sum(1).clamp(min=1.0)
+    return (states * weights).sum(-2) / weights.sum(-2).clamp(min=1.0)
