@@ -114,7 +114,7 @@ def run_lab(
     # 1. Version 0, which is also the control.
     registry = open_registry(settings)
     if registry.pointer() is None:
-        _publish_first(registry, folder / "v0", progress)
+        _publish_first(registry, folder / "v0", settings, progress)
     town = Town(items, habits, settings, seed)
     now_ms = FIRST_MS
     control = LoadedModel.load(registry.fetch(_FIRST, folder), _FIRST, settings)
@@ -189,13 +189,13 @@ def summarise(runs: Sequence[LabRun]) -> bytes:
     return msgspec.json.format(msgspec.json.encode(found), indent=2)
 
 
-def _publish_first(registry: Registry, folder: Path, progress: Progress) -> None:
+def _publish_first(registry: Registry, folder: Path, settings: Settings, progress: Progress) -> None:
     build_version_zero(
         folder,
         version=_FIRST,
         feature_names=FEATURE_NAMES,
         prior=PRIOR_WEIGHTS,
-        precisions=("int8",),
+        precisions=(settings.ranker.served_precision,),
         progress=progress,
     )
     registry.publish(folder, version=_FIRST)

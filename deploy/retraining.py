@@ -98,7 +98,7 @@ class Retrained:
             item_states=registry.item_states,
             max_user_tokens=registry.max_user_tokens,
             max_item_tokens=registry.max_item_tokens,
-            precisions=("int8",),
+            precisions=(settings.ranker.served_precision,),
         )
         return cls(settings, folder, bundle, LoadedModel.load(bundle, version, settings))
 
@@ -154,7 +154,7 @@ class Retrained:
             base_model=card.base_model,
             max_user_tokens=card.max_user_tokens,
             max_item_tokens=card.max_item_tokens,
-            precisions=("int8",),
+            precisions=(self._settings.ranker.served_precision,),
         )
         before, self.model = self.model, LoadedModel.load(bundle, version, self._settings)
         if training.trainable_layers == 0:  # the encoders are what they were, and so is all they have encoded

@@ -40,11 +40,10 @@ class KafkaLog:
 def open_scorer(settings: Settings) -> Callable[[Path], BundleScorer]:
     """Returns what opens a bundle as serving would: at the precision, on the device, with the threads that serve."""
     ranker = settings.ranker
-    precision = ("int8" if ranker.device == "cpu" else "fp16") if ranker.precision == "auto" else ranker.precision
 
     def open_bundle(folder: Path) -> BundleScorer:
         return Scorer.load(
-            folder, precision=precision, provider=ranker.device, intra_op_threads=ranker.intra_op_threads
+            folder, precision=ranker.served_precision, provider=ranker.device, intra_op_threads=ranker.intra_op_threads
         )
 
     return open_bundle

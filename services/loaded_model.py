@@ -21,7 +21,7 @@ from services.batcher import Batcher
 from services.encodings import Arrays, EncodedItems, ItemEncodings, cache_file, encoder_digest
 from services.parts import Parts
 from services.recently_used import RecentlyUsed
-from services.scorer import EncodedUsers, Precision, Scorer
+from services.scorer import EncodedUsers, Scorer
 from services.tally import VersionTally
 from tailrace.bundle import Bundle, LooseBundle
 from tailrace.catalogue import Catalogue
@@ -94,10 +94,7 @@ class LoadedModel:
         Raises BundleError, also when it takes other input than we make.
         """
         ranker = settings.ranker
-        if ranker.precision == "auto":
-            precision: Precision = "int8" if ranker.device == "cpu" else "fp16"
-        else:
-            precision = ranker.precision
+        precision = ranker.served_precision
         scorer = Scorer.open(
             bundle, parts, run, precision=precision, provider=ranker.device, intra_op_threads=ranker.intra_op_threads
         )

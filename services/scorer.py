@@ -5,7 +5,7 @@ the split, h heads, d head size, U user tokens, V buckets of tags, K tags of an 
 threads: sessions and tokenizers are fixed once loaded.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
@@ -28,9 +28,10 @@ Floats = NDArray[np.float32]
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _TOKENIZER = "tokenizer.json"
-_TEXTS_PER_CALL = 32
-# Item states scored in one call: enough to keep the products busy, few enough to stay in a core's cache.
-_STATES_PER_CALL = 512
+# Texts encoded and item states scored in one call: on a CPU enough to keep the products busy and few enough to stay in
+# a core's cache, on a GPU whatever a batch of requests brings.
+_TEXTS_PER_CALL: Mapping[Provider, int] = {"cpu": 32, "cuda": 256}
+_STATES_PER_CALL: Mapping[Provider, int] = {"cpu": 512, "cuda": 65_536}
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,10 @@ class Scorer:
         card: RankerCard,
         tokenizers: tuple[Tokenizer, Tokenizer],
         sessions: tuple[onnxruntime.InferenceSession, ...],
+        provider: Provider,
     ) -> None:
         self.card = card
+        self._texts_per_call, self._states_per_call = _TEXTS_PER_CALL[provider], _STATES_PER_CALL[provider]
         self._user_tokenizer, self._item_tokenizer = tokenizers
         self._user_encoder, self._item_encoder, self._scorer = sessions
         self._scorer_inputs = {value.name for value in self._scorer.get_inputs()}
@@ -117,7 +120,8 @@ class Scorer:
             return parts.get((bundle.sum(name), bundle.sum(words), provider, intra_op_threads), open_graph)
 
         tokenizers = (tokenizer(card.max_user_tokens), tokenizer(card.max_item_tokens))
-        return cls(card, tokenizers, tuple(session(graph) for graph in ("user_encoder", "item_encoder", "scorer")))
+        sessions = tuple(session(graph) for graph in ("user_encoder", "item_encoder", "scorer"))
+        return cls(card, tokenizers, sessions, provider)
 
     def encode_users(self, texts: Sequence[str]) -> EncodedUsers:
         """Returns what scoring needs of the users with these texts, padded to the longest of them; at least one."""
@@ -128,7 +132,7 @@ class Scorer:
             self._user_encoder.run(
                 ("user_keys", "user_values", "user_vectors"), {"user_tokens": tokens[part], "user_mask": mask[part]}
             )
-            for part in _parts(len(texts), _TEXTS_PER_CALL)
+            for part in _parts(len(texts), self._texts_per_call)
         ]
         keys, values, vectors = (np.concatenate(outputs) for outputs in zip(*found, strict=True))
         return EncodedUsers(keys, values, mask, vectors)
@@ -186,7 +190,7 @@ class Scorer:
         }
         logits = np.zeros((batch, count), np.float32)
         ratings = np.zeros((batch, count), np.float32)
-        for part in _parts(count, max(_STATES_PER_CALL // (num_states * max(batch, 1)), 1)):
+        for part in _parts(count, max(self._states_per_call // (num_states * max(batch, 1)), 1)):
             feeds = shared | {
                 "item_states": states_BNTH[:, part, :num_states].astype(np.float32),
                 "item_state_mask": mask_BNT[:, part, :num_states].astype(np.int64),
@@ -203,7 +207,7 @@ class Scorer:
         """Yields the rows of texts of like length, with their tokens and mask, a micro-batch at a time."""
         ids = [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
         order = np.argsort([len(tokens) for tokens in ids], kind="stable")
-        for part in _parts(len(order), _TEXTS_PER_CALL):
+        for part in _parts(len(order), self._texts_per_call):
             rows = order[part]
             yield rows, *self._pad([ids[row] for row in rows])
 
@@ -238,6 +242,8 @@ def _open_session(path: Path, provider: Provider, intra_op_threads: int) -> onnx
         raise ProviderError(
             f"{wanted} is not in this build of ONNX Runtime: {', '.join(onnxruntime.get_available_providers())}"
         )
+    if provider == "cuda":
+        onnxruntime.preload_dlls()  # NVIDIA's wheels lie on no library path
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = intra_op_threads
     options.inter_op_num_threads = 1

@@ -95,6 +95,13 @@ class RankerSettings(_Section, frozen=True, kw_only=True):
     deadline_s: Annotated[Seconds, _doc("after this the gateway answers from a lower rung")] = 0.5
     item_text_cache: Annotated[bool, _doc("keep item vectors and states of a version on disk")] = True
 
+    @property
+    def served_precision(self) -> Literal["int8", "fp16"]:
+        """The precision of the graphs that serve: what is set, or what suits the device."""
+        if self.precision == "auto":
+            return "int8" if self.device == "cpu" else "fp16"
+        return self.precision
+
 
 class SlateSettings(_Section, frozen=True, kw_only=True):
     """How ranked candidates become a slate."""

@@ -215,9 +215,16 @@ def _halve(graph: onnx.ModelProto, kept: Sequence[str]) -> onnx.ModelProto:
     # The converter narrows every input and widens it again for the head, where a large counter would become infinite:
     # a widening that follows a narrowing reads what was there before.
     narrowed = {n.output[0]: n.input[0] for n in halved.graph.node if _casts_to(n, TensorProto.FLOAT16)}
-    for node in halved.graph.node:
+    made: set[str] = set()
+    repeated: list[int] = []  # ONNX Runtime 1.31 widens a value once for each reader, every time under the same name
+    for place, node in enumerate(halved.graph.node):
         if _casts_to(node, TensorProto.FLOAT) and node.input[0] in narrowed:
             node.input[0] = narrowed[node.input[0]]
+        if node.output[0] in made:
+            repeated.append(place)
+        made.update(node.output)
+    for place in reversed(repeated):
+        del halved.graph.node[place]
     return halved
 
 

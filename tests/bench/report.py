@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TypedDict
 
 RESULTS = Path(__file__).parent / "results.json"
+GPU_RESULTS = Path(__file__).parent / "results-gpu.json"
 
 
 class Row(TypedDict):
@@ -22,15 +23,15 @@ class Results(TypedDict):
     rows: list[Row]
 
 
-def load_results() -> Results:
-    """Returns the figures of the last run of `make bench`."""
-    results: Results = json.loads(RESULTS.read_text())
+def load_results(file: Path = RESULTS) -> Results:
+    """Returns the figures of the last run of `make bench`, or of the bench that wrote `file`."""
+    results: Results = json.loads(file.read_text())
     return results
 
 
-def save_results(results: Results) -> None:
+def save_results(results: Results, file: Path = RESULTS) -> None:
     """Writes the figures to the JSON file."""
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    file.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def markdown_table(results: Results) -> str:

@@ -49,7 +49,7 @@ def bench_training(console: Console) -> list[Row]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        examples = [_make_example(number) for number in range(NUM_IMPRESSIONS)]
+        examples = [make_example(number) for number in range(NUM_IMPRESSIONS)]
         runs: dict[str, tuple[Callable[[], None], int]] = {}
         for precision_name, precision in PRECISIONS.items():
             for layers, name in LEARNING.items():
@@ -88,7 +88,7 @@ def _measure(runs: dict[str, tuple[Callable[[], None], int]], console: Console) 
     return {name: median(found) for name, found in rates.items()}
 
 
-def _make_example(number: int) -> Example:
+def make_example(number: int) -> Example:
     """Returns an impression whose user text has a length of its own, up to the longest that a model reads."""
     rng = np.random.default_rng(number)
     clicked = np.arange(NUM_CANDIDATES) == rng.integers(NUM_CANDIDATES)
