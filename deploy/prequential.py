@@ -29,7 +29,10 @@ from tailrace.features import prior_scores
 from tailrace.ids import ItemId, UserId
 from tailrace.importers.source import Dataset
 from tailrace.items import Item
+from tailrace.responses import gather_responses, topic_pulls
 from tailrace.settings import Settings
+from tailrace.tastes import bucket_tastes
+from tailrace.text import now_interests
 from training.baselines import LambdaRank, PopularityRules
 from training.examples import Example
 from training.ranking_metrics import half_tie_rank, ndcgs
@@ -248,6 +251,7 @@ class _Run:
     def _request(self, click: Click, asked: Asked | None = None) -> PoolRequest:
         vectors = self._tailrace.model.encodings.vectors
         profile = self.state.profile(click.user_id)
+        model, responses = self._tailrace.model, gather_responses(profile, self.state.catalogue.topics, click.at_ms)
         recent_RD = vectors[self.state.catalogue.rows(history_items(profile))]
         return PoolRequest(
             profile=profile,
@@ -255,6 +259,8 @@ class _Run:
             num_candidates=self._settings.ranker.num_candidates,
             user_D=None if asked is None else asked.user.vectors_BD[0],
             history_D=history_mean(recent_RD),
+            pulls=topic_pulls(now_interests(profile, click.at_ms), responses, model.prior),
+            tag_worth_V=model.tag_worth(bucket_tastes(responses.tastes)),
             exclude=self._touched.get(click.user_id, ()),  # a profile forgets after 512 items; the protocol does not
         )
 

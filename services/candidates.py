@@ -18,12 +18,10 @@ from numpy.typing import NDArray
 
 from tailrace.catalogue import Catalogue, Flags, Rows
 from tailrace.events import Scalar, ShortText
-from tailrace.features import PRIOR_WEIGHTS
 from tailrace.ids import ItemId
 from tailrace.items import TAG, Fact, Item
 from tailrace.profile import Profile
-from tailrace.responses import Responses, gather_responses, topic_pulls
-from tailrace.text import now_interests
+from tailrace.tastes import sum_worth
 
 Vector = NDArray[np.floating]
 Source = Literal["caller", "query", "user", "history", "trending", "fresh", "covisited", "interests", "cold"]
@@ -68,7 +66,11 @@ class Filters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 @dataclass(frozen=True)
 class PoolRequest:
-    """What one request asks of the pool. Vectors are [D]; None where there is no such vector."""
+    """What one request asks of the pool. Vectors are [D]; None where there is no such vector.
+
+    `pulls` is what each topic adds to a click logit of this user (`tailrace.responses.topic_pulls`), and `tag_worth_V`
+    what a model has learned that tags add (`tailrace.tastes.TagWeights`): by bucket, of all tags there are.
+    """
 
     profile: Profile
     now_ms: int
@@ -80,7 +82,8 @@ class PoolRequest:
     exclude: Collection[ItemId] = ()
     filters: Filters = field(default_factory=Filters)
     keep_seen: bool = False
-    responses: Responses | None = None  # of the profile, where they have been gathered already
+    pulls: Mapping[str, float] = field(default_factory=dict)
+    tag_worth_V: Vector | None = None
 
 
 @dataclass(frozen=True)
@@ -167,12 +170,15 @@ def covisited(catalogue: Catalogue, profile: Profile, allowed_R: Flags, now_ms: 
     return rows[allowed_R[rows]][:limit]
 
 
-def of_interest(catalogue: Catalogue, pulls: Mapping[str, float], allowed_R: Flags, limit: int) -> Rows:
-    """Returns the allowed rows whose tags and entities draw the user most, best first. `pulls` is `topic_pulls`."""
+def of_interest(
+    catalogue: Catalogue, pulls: Mapping[str, float], tag_worth_V: Vector | None, allowed_R: Flags, limit: int
+) -> Rows:
+    """Returns the allowed rows whose tags and entities draw the user most, best first; see `PoolRequest`."""
     score_R = np.zeros(len(allowed_R), dtype=np.float64)
     for topic, pull in pulls.items():
-        rows = catalogue.topic_rows(topic)
-        score_R[rows[rows < len(score_R)]] += pull
+        score_R[_below(catalogue.topic_rows(topic), len(score_R))] += pull
+    if tag_worth_V is not None:
+        score_R += sum_worth(tag_worth_V, catalogue.tags()[: len(score_R)])
     return _top(score_R, allowed_R & (score_R > 0), limit)
 
 
@@ -252,9 +258,8 @@ def _offers(
         offers["history"] = nearest(vectors_RD, request.history_D, allowed_R, limit)
     if profile.clicks.last_items:
         offers["covisited"] = covisited(catalogue, profile, allowed_R, now_ms, limit)
-    responses = request.responses or gather_responses(profile, catalogue.topics, now_ms)
-    if pulls := topic_pulls(now_interests(profile, now_ms), responses, PRIOR_WEIGHTS):
-        offers["interests"] = of_interest(catalogue, pulls, allowed_R, limit)
+    if request.pulls or (request.tag_worth_V is not None and request.tag_worth_V.any()):
+        offers["interests"] = of_interest(catalogue, request.pulls, request.tag_worth_V, allowed_R, limit)
     offers["trending"] = trending(catalogue, allowed_R, now_ms, limit)
     offers["fresh"] = fresh(catalogue, allowed_R, limit)
     offers["cold"] = cold(catalogue, allowed_R, now_ms, limit, rng)

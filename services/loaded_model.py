@@ -6,7 +6,7 @@ better than one caller with two threads.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +68,7 @@ class LoadedModel:
         self.version = version
         self.precision = precision
         self.encodings = encodings
+        self.prior: Mapping[str, float] = scorer.card.prior
         self.tally = VersionTally()
         self.last_failure = ""
         self._scorer = scorer
@@ -155,6 +156,10 @@ class LoadedModel:
         if not (np.isfinite(clicks_N).all() and np.isfinite(ratings_N).all()):
             raise self._failed("scores are not finite")
         return clicks_N, ratings_N
+
+    def tag_worth(self, tastes_V: Floats) -> Floats:
+        """Returns float32 [V]: what a tag of each bucket adds to a click logit of the user with these tastes."""
+        return self._scorer.tag_weights.worth(tastes_V)
 
     def encode_items(self, texts: Sequence[str]) -> Arrays:
         """Returns states, mask and vectors of items with these texts; once started, runs in the caller's thread."""

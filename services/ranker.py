@@ -44,8 +44,11 @@ class _Watched:
     """A model as one request meets it: remembers whether the model itself has failed this request."""
 
     def __init__(self, model: LoadedModel) -> None:
-        self.version, self.encodings, self.failed = model.version, model.encodings, False
+        self.version, self.encodings, self.prior, self.failed = model.version, model.encodings, model.prior, False
         self._model = model
+
+    def tag_worth(self, tastes_V: Floats) -> Floats:
+        return self._model.tag_worth(tastes_V)
 
     def encode_user(self, text: str, deadline: float) -> EncodedUsers:
         return self._noting(self._model.encode_user, text, deadline)

@@ -7,7 +7,7 @@ Shapes: N candidates, n slots, R recent items, F features, D vector size.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -32,9 +32,9 @@ from tailrace.features import (
 from tailrace.ids import EventId, ItemId, ModelVersion
 from tailrace.items import Item
 from tailrace.profile import Profile, decode_profile
-from tailrace.responses import gather_responses
+from tailrace.responses import gather_responses, topic_pulls
 from tailrace.settings import RankerSettings, SlateSettings
-from tailrace.tastes import Tastes, make_tastes, tags_of
+from tailrace.tastes import Tastes, bucket_tags, bucket_tastes, tags_of
 from tailrace.text import now_interests, render_user
 
 # The share of a request's time that the text model may use; the rest is enough to answer without it.
@@ -50,6 +50,10 @@ class TextModel(Protocol):
 
     version: ModelVersion
     encodings: ItemEncodings
+    prior: Mapping[str, float]  # the weights of the linear part of the score, by feature
+
+    def tag_worth(self, tastes_V: Floats) -> Floats:
+        """Returns float32 [V]: what a tag of each bucket adds to a click logit of the user with these tastes."""
 
     def encode_user(self, text: str, deadline: float) -> Any:
         """Returns the user's text as the model sees it; its `vectors_BD` is float32 [1, D]."""
@@ -92,7 +96,10 @@ def recommend(
     user_D = None if user is None else user.vectors_BD[0]
     stages.end("encode")
 
-    # 3. A few hundred candidates: near the user, the query and what the user touched last, or what is of the moment.
+    # 3. A few hundred candidates: near the user, the query and what the user touched last, of the topics that draw the
+    #    user by what the model has learned, or what is of the moment.
+    tastes_V = bucket_tastes(responses.tastes)
+    interests = now_interests(profile, now_ms)
     recent, recent_RD = _recent_vectors(model.encodings, catalogue, profile)
     pool = build_pool(
         catalogue,
@@ -108,7 +115,8 @@ def recommend(
             exclude=request.exclude,
             filters=request.filters,
             keep_seen=request.include_seen,
-            responses=responses,
+            pulls=topic_pulls(interests, responses, model.prior),
+            tag_worth_V=model.tag_worth(tastes_V),
         ),
         rng,
     )
@@ -120,7 +128,7 @@ def recommend(
     features_NF = compute_features(
         catalogue, drawn.rows_N, profile, context, query_D is not None, cosines, now_ms, responses
     )
-    tastes = make_tastes(responses.tastes, [tags_of(item) for item in drawn.items_N])
+    tastes = Tastes(tastes_V, bucket_tags([tags_of(item) for item in drawn.items_N]))
     stages.end("features")
 
     # 5. Scores: from the model, or from the prior where the model is not there in time.
@@ -159,7 +167,6 @@ def recommend(
             recent_RD,
             now_ms,
         )
-        interests = now_interests(profile, now_ms)
         reasons = [None if one is None else explain(one, query=request.query, interests=interests) for one in evidence]
     stages.end("reasons")
 

@@ -13,6 +13,8 @@ from typing import Literal, Self
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 from services.aside import Run, at_once
@@ -20,7 +22,7 @@ from services.parts import Parts
 from tailrace.bundle import MODEL_CARD, Bundle, LooseBundle
 from tailrace.errors import BundleError, ProviderError
 from tailrace.model_card import RankerCard, load_ranker_card
-from tailrace.tastes import BUCKETS
+from tailrace.tastes import BUCKETS, TAG_WEIGHTS_FILE, TagWeights
 
 Precision = Literal["int8", "fp16", "fp32"]
 Provider = Literal["cpu", "cuda"]
@@ -61,9 +63,11 @@ class Scorer:
         card: RankerCard,
         tokenizers: tuple[Tokenizer, Tokenizer],
         sessions: tuple[onnxruntime.InferenceSession, ...],
+        tag_weights: TagWeights,
         provider: Provider,
     ) -> None:
         self.card = card
+        self.tag_weights = tag_weights
         self._texts_per_call, self._states_per_call = _TEXTS_PER_CALL[provider], _STATES_PER_CALL[provider]
         self._user_tokenizer, self._item_tokenizer = tokenizers
         self._user_encoder, self._item_encoder, self._scorer = sessions
@@ -121,7 +125,7 @@ class Scorer:
 
         tokenizers = (tokenizer(card.max_user_tokens), tokenizer(card.max_item_tokens))
         sessions = tuple(session(graph) for graph in ("user_encoder", "item_encoder", "scorer"))
-        return cls(card, tokenizers, sessions, provider)
+        return cls(card, tokenizers, sessions, _load_tag_weights(bundle, card), provider)
 
     def encode_users(self, texts: Sequence[str]) -> EncodedUsers:
         """Returns what scoring needs of the users with these texts, padded to the longest of them; at least one."""
@@ -223,6 +227,21 @@ class Scorer:
 
 def _parts(count: int, size: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, count, size))
+
+
+def _load_tag_weights(bundle: Bundle, card: RankerCard) -> TagWeights:
+    """Returns what the bundle has learned of tags; nothing, where it is from before they stood beside the graphs."""
+    if not card.tag_buckets:
+        return TagWeights(np.zeros((BUCKETS, BUCKETS), np.float32), np.zeros(BUCKETS, np.float32))
+    path = bundle.file(TAG_WEIGHTS_FILE)
+    try:
+        weights = load_file(path)
+        found = TagWeights(weights["taste_weights"], weights["tag_weights"])
+    except (OSError, SafetensorError, KeyError) as error:
+        raise BundleError(f"{path}: {error}") from error
+    if card.tag_buckets != BUCKETS or found.pairs_VV.shape != (BUCKETS, BUCKETS):
+        raise BundleError(f"{path}: {card.tag_buckets} buckets of tags, where this program makes {BUCKETS}")
+    return found
 
 
 def _load_tokenizer(path: Path, max_tokens: int) -> Tokenizer:

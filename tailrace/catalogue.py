@@ -23,6 +23,7 @@ from tailrace.errors import InvalidRecord
 from tailrace.events import ItemStats, decode
 from tailrace.ids import ItemId
 from tailrace.items import TAG, Item, decode_item
+from tailrace.tastes import MOST_TAGS, NO_TAG, TagBuckets, bucket_tags, tags_of
 
 Rows = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -81,6 +82,7 @@ class Catalogue:
         self._partials: dict[ItemId, dict[int, ItemStats]] = {}
         self._unannounced: dict[ItemId, None] = {}  # oldest first
         self._version = 0
+        self._tags: TagBuckets = np.full((_FIRST_ROWS, MOST_TAGS), NO_TAG, dtype=np.int16)
         self._announced_ms: Times = np.full(_FIRST_ROWS, NEVER_MS, dtype=np.int64)
         self._created_ms: Times = np.full(_FIRST_ROWS, NEVER_MS, dtype=np.int64)
         self._first_ms: Times = np.full(_FIRST_ROWS, NEVER_MS, dtype=np.int64)
@@ -200,6 +202,11 @@ class Catalogue:
                     self._topic_arrays[key] = held
             return held
 
+    def tags(self) -> TagBuckets:
+        """Returns int16 [R,K]: the tags of every row by bucket, as a ranker takes them (`tailrace.tastes`)."""
+        with self._lock:
+            return self._tags[: len(self._items)].copy()
+
     def changed_since(self, version: int) -> tuple[Rows, int]:
         """Returns the rows whose item came, changed or went after `version`, and the version that this brings you to.
 
@@ -275,6 +282,7 @@ class Catalogue:
             tags=tuple(key for key in keys if key.startswith(TAG)),
             entities=tuple(key for key in keys if not key.startswith(TAG)),
         )
+        self._tags[row] = bucket_tags([tags_of(item)])[0]
         for key in keys:
             self._topic_rows.setdefault(key, set()).add(row)
             self._topic_arrays.pop(key, None)
@@ -289,6 +297,7 @@ class Catalogue:
         self._unlink(row)
         self._items[row] = None
         self._topics[row] = Topics()
+        self._tags[row] = NO_TAG
         self._announced_ms[row] = self._created_ms[row] = self._first_ms[row] = NEVER_MS
         self._touches_ms[row] = NEVER_MS
         self._visitors[row] = NOBODY
@@ -365,7 +374,7 @@ class Catalogue:
 
     def _grow(self) -> None:
         never = dict.fromkeys(("_announced_ms", "_created_ms", "_first_ms", "_touches_ms", "_visits_ms"), NEVER_MS)
-        empty_by_name = never | {"_visitors": NOBODY, "_sums": 0, "_held_ms": 0, "_versions": 0}
+        empty_by_name = never | {"_tags": NO_TAG, "_visitors": NOBODY, "_sums": 0, "_held_ms": 0, "_versions": 0}
         for name, empty in empty_by_name.items():
             old = getattr(self, name)
             setattr(self, name, np.concatenate([old, np.full_like(old, empty)]))

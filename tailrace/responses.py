@@ -93,7 +93,7 @@ def topic_pulls(
     for topic in interests.keys() | responses.log_lift.keys():
         kind, norm = ("tag", tag_norm) if topic.startswith(TAG) else ("entity", entity_norm)
         affinity, response = interests.get(topic, 0.0) / norm, responses.log_lift.get(topic, 0.0)
-        pulls[topic] = weights[f"{kind}_affinity"] * affinity + weights[f"{kind}_response"] * response
+        pulls[topic] = weights.get(f"{kind}_affinity", 0.0) * affinity + weights.get(f"{kind}_response", 0.0) * response
     return pulls
 
 

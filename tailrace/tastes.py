@@ -23,9 +23,11 @@ from tailrace.items import TAG, Item
 BUCKETS = 512
 NO_TAG = BUCKETS  # stands where an item has no further tag
 MOST_TAGS = 8  # of an item; what comes after them is not looked at
+TAG_WEIGHTS_FILE = "tag_weights.safetensors"
 _DIGITS = 4
 
 Floats = NDArray[np.float32]
+TagBuckets = NDArray[np.int16]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,23 +35,53 @@ class Tastes:
     """What a model is told of one user and N candidates: float32 [V] and int16 [N,K], padded with NO_TAG."""
 
     user_V: Floats
-    tags_NK: NDArray[np.int16]
+    tags_NK: TagBuckets
 
     def among(self, chosen: NDArray[np.integer]) -> "Tastes":
         """Returns the same of these candidates alone, in this order."""
         return Tastes(self.user_V, self.tags_NK[chosen])
 
 
+@dataclass(frozen=True, slots=True)
+class TagWeights:
+    """What a model has learned of tags: `pairs_VV` of a taste and a tag, `single_V` of a tag whoever is asked."""
+
+    pairs_VV: Floats
+    single_V: Floats
+
+    def worth(self, user_V: Floats) -> Floats:
+        """Returns float32 [V]: what a tag of each bucket adds to a click logit of the user with these tastes."""
+        result: Floats = user_V @ self.pairs_VV + self.single_V
+        return result
+
+
 def make_tastes(tastes: Mapping[str, float], tags_N: Sequence[Sequence[str]]) -> Tastes:
     """Returns the tastes of a user, by tag, and the tags of the candidates by bucket; a repeated tag counts once."""
+    return Tastes(bucket_tastes(tastes), bucket_tags(tags_N))
+
+
+def bucket_tastes(tastes: Mapping[str, float]) -> Floats:
+    """Returns float32 [V]: the tastes of a user, by bucket."""
     user_V = np.zeros(BUCKETS, dtype=np.float32)
     for tag, taste in tastes.items():
         user_V[bucket(tag)] += taste
+    return user_V
+
+
+def bucket_tags(tags_N: Sequence[Sequence[str]]) -> TagBuckets:
+    """Returns int16 [N,K]: the tags of items by bucket, each once, padded with NO_TAG."""
     tags_NK = np.full((len(tags_N), MOST_TAGS), NO_TAG, dtype=np.int16)
     for row, tags in enumerate(tags_N):
         found = [bucket(tag) for tag in dict.fromkeys(tags)][:MOST_TAGS]
         tags_NK[row, : len(found)] = found
-    return Tastes(user_V, tags_NK)
+    return tags_NK
+
+
+def sum_worth(worth_V: Floats, tags_NK: TagBuckets) -> Floats:
+    """Returns float32 [N]: what their tags add to the click logits of items, by the root of how many each has."""
+    padded = np.append(worth_V, np.float32(0))
+    result: Floats = padded[tags_NK].sum(1) / np.sqrt(np.maximum((tags_NK != NO_TAG).sum(1), 1), dtype=np.float32)
+    return result
 
 
 def no_tastes(count: int) -> Tastes:

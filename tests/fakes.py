@@ -13,8 +13,9 @@ from services.pages import SimilarItem
 from tailrace.catalogue import Catalogue
 from tailrace.cosines import Floats
 from tailrace.errors import TailraceError
+from tailrace.features import PRIOR_WEIGHTS
 from tailrace.ids import ItemId, ModelVersion
-from tailrace.tastes import Tastes
+from tailrace.tastes import BUCKETS, TagWeights, Tastes
 
 
 class FakeClock:
@@ -60,6 +61,8 @@ class WordModel:
     def __init__(self, catalogue: Catalogue, version: str = "words") -> None:
         self.version = ModelVersion(version)
         self.encodings = ItemEncodings(WordVectors.SIZE)
+        self.prior = PRIOR_WEIGHTS
+        self.tag_weights = TagWeights(np.zeros((BUCKETS, BUCKETS), np.float32), np.zeros(BUCKETS, np.float32))
         self.encode_failure: TailraceError | None = None
         self.score_failure: TailraceError | None = None
         self.user_texts: list[str] = []
@@ -68,6 +71,9 @@ class WordModel:
         self._words = WordVectors()
         while self.encodings.catch_up(self._words, catalogue):
             pass
+
+    def tag_worth(self, tastes_V: Floats) -> Floats:
+        return self.tag_weights.worth(tastes_V)
 
     def encode_user(self, text: str, deadline: float) -> EncodedWords:
         self.user_texts.append(text)

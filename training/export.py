@@ -4,6 +4,7 @@
     int8/  fp16/         user_encoder.onnx  item_encoder.onnx  scorer.onnx  words.bin
     tokenizer.json       the text half of model input
     weights.safetensors  the torch weights, for a warm start
+    tag_weights.safetensors  what the ranker makes of tags, for drawing candidates
     model.json           the card: shapes, feature names, prior
     parity.json          how far each precision strays from torch
     manifest.json        added by the registry, last
@@ -25,6 +26,7 @@ from tailrace.errors import BundleError
 from tailrace.features import hash_features
 from tailrace.ids import ModelVersion
 from tailrace.model_card import RankerCard, load_ranker_card, save_ranker_card
+from tailrace.tastes import BUCKETS, TAG_WEIGHTS_FILE
 from tailrace.text import TEXT_VERSION
 from training.bert import PACKAGED, Bert, BertShape, load_base
 from training.graphs import Precision, save_graphs, trace_graphs
@@ -33,6 +35,7 @@ from training.parity import PARITY_FILE, ParityReport, measure_parity, require_p
 
 WEIGHTS_FILE = "weights.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
+TAG_WEIGHTS = ("taste_weights", "tag_weights")  # of the head
 DEFAULT_PRECISIONS: tuple[Precision, ...] = ("int8", "fp16")
 
 Progress = Callable[[str, int, int], None]  # the step that begins, steps done, steps in all
@@ -128,6 +131,7 @@ def export_bundle(
     tokenizer.save(str(directory / TOKENIZER_FILE), pretty=False)
     weights = {name: weight.detach().contiguous() for name, weight in ranker.state_dict().items()}
     save_file(weights, directory / WEIGHTS_FILE)
+    save_file({name: weights[f"head.{name}"] for name in TAG_WEIGHTS}, directory / TAG_WEIGHTS_FILE)
     card = describe(
         ranker,
         version=version,
@@ -177,6 +181,7 @@ def describe(
         prior={name: weight for name, weight in prior.items() if weight},
         precisions=list(precisions),
         bert_config=msgspec.to_builtins(shape),
+        tag_buckets=BUCKETS,
     )
 
 
@@ -193,7 +198,7 @@ def load_ranker(directory: Path) -> tuple[SplitRanker, Tokenizer, RankerCard]:
     )
     try:
         weights = load_file(directory / WEIGHTS_FILE)
-        for name in ("taste_weights", "tag_weights"):  # bundles from before there were tastes say nothing of them
+        for name in TAG_WEIGHTS:  # bundles from before there were tastes say nothing of them
             weights.setdefault(f"head.{name}", torch.zeros_like(getattr(ranker.head, name)))
         ranker.load_state_dict(weights)
     except (OSError, SafetensorError, RuntimeError) as error:

@@ -10,10 +10,14 @@ from services.candidates import Candidates, Filters, PoolRequest, build_pool, ne
 from tailrace.catalogue import Catalogue
 from tailrace.counters import CounterTable, item_stats
 from tailrace.events import Action, Click, Rating, encode
+from tailrace.features import PRIOR_WEIGHTS
 from tailrace.fold import fold_event
 from tailrace.ids import EventId, ItemId, UserId
 from tailrace.items import Fact, Item
 from tailrace.profile import Profile
+from tailrace.responses import gather_responses, topic_pulls
+from tailrace.tastes import BUCKETS, bucket
+from tailrace.text import now_interests
 
 NOW_MS = 1_700_000_000_000
 DIMENSIONS = 4
@@ -59,7 +63,10 @@ class Shelf:
         return self.profiles.setdefault(user, Profile(UserId(user)))
 
     def pool(self, user: str = "u", *, num_candidates: int = 20, seed: int = 0, **asked: object) -> Candidates:
-        request = PoolRequest(profile=self.profile(user), now_ms=NOW_MS, num_candidates=num_candidates, **asked)
+        profile = self.profile(user)
+        responses = gather_responses(profile, self.catalogue.topics, NOW_MS)
+        asked.setdefault("pulls", topic_pulls(now_interests(profile, NOW_MS), responses, PRIOR_WEIGHTS))
+        request = PoolRequest(profile=profile, now_ms=NOW_MS, num_candidates=num_candidates, **asked)
         return build_pool(self.catalogue, self.vectors, request, np.random.default_rng(seed))
 
     def filtered(self, **filters: object) -> set[int]:
@@ -77,6 +84,15 @@ def test_a_pool_is_distinct_full_and_names_a_source_for_each() -> None:
     pool = shelf.pool(user_D=np.eye(4)[0], history_D=np.eye(4)[1])
     assert len(set(pool.rows_N.tolist())) == len(pool.rows_N) == len(pool.sources_N) == 20
     assert set(pool.sources_N) == {"user", "history", "covisited", "interests", "trending", "fresh", "cold"}
+
+
+def test_what_a_model_has_learned_of_tags_draws_candidates_for_anybody() -> None:
+    worth_V = np.zeros(BUCKETS, np.float32)
+    worth_V[bucket("war")], worth_V[bucket("odd")] = 2.0, -1.0
+    pool = Shelf().pool("nobody-knows", num_candidates=12, tag_worth_V=worth_V)
+    drawn = [row for row, source in zip(pool.rows_N.tolist(), pool.sources_N, strict=True) if source == "interests"]
+    assert drawn and all(row % 4 == 1 for row in drawn)  # items of war, all of them odd: worth (2 - 1) / sqrt(2)
+    assert Shelf().pool("nobody-knows", tag_worth_V=np.zeros(BUCKETS, np.float32)).sources_N.count("interests") == 0
 
 
 def test_asking_for_more_than_there_is_gives_all_there_is() -> None:

@@ -16,7 +16,7 @@ from transformers import BertModel
 from services.scorer import Scorer
 from tailrace.errors import BundleError, ParityError
 from tailrace.ids import ModelVersion
-from tailrace.tastes import BUCKETS, NO_TAG
+from tailrace.tastes import BUCKETS, NO_TAG, sum_worth
 from tests.unit.conftest import FEATURE_NAMES, PRIOR
 from training.bert import PACKAGED, Bert, BertShape, _packaged_folder, load_base
 from training.export import WEIGHTS_FILE, export_bundle, load_ranker
@@ -290,6 +290,12 @@ def test_exported_graphs_score_as_torch_does_at_every_setting_of_the_dial(
     # item states rest in float16 between the two graphs
     np.testing.assert_allclose(logits, expected_logits.numpy(), atol=5e-3)
     np.testing.assert_allclose(ratings, expected_ratings.numpy(), atol=5e-3)
+    # What candidates are drawn by is what their tags add to the logits.
+    with torch.no_grad():
+        without, _ = ranker(*tokens(users), *item_tokens, features, *no_tastes(2, 4))
+    for user, (user_V, tags_NK) in enumerate(zip(*(part.numpy() for part in tastes), strict=True)):
+        added = sum_worth(scorer.tag_weights.worth(user_V), tags_NK)
+        np.testing.assert_allclose(added, (expected_logits - without)[user].numpy(), atol=1e-3)
 
 
 def test_warm_start_scores_as_what_was_saved(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from tailrace.ids import ItemId, RequestId
 from tailrace.items import Item
 from tailrace.profile import Profile, apply_seen, decode_profile, encode_profile
 from tailrace.settings import RankerSettings, SlateSettings
-from tailrace.tastes import make_tastes, tags_of
+from tailrace.tastes import bucket, make_tastes, tags_of
 from tailrace.text import render_item
 from tests.fakes import WordModel, WordVectors
 
@@ -146,6 +146,25 @@ def test_tastes_and_tags_are_logged_as_the_model_got_them() -> None:
     # The model's candidates stand in an order of their own: what it was told of each is known by its text.
     told = dict(zip(model.scored_texts[0], model.tastes[0].tags_NK.tolist(), strict=True))
     assert [told[one.text] for one in logged] == made.tags_NK.tolist()
+
+
+def test_candidates_are_drawn_by_what_the_model_has_learned_of_the_users_tastes() -> None:
+    catalogue = make_catalogue(200)
+    profile = decode_profile(profile_with_clicks(catalogue, "i0", "i5"))  # of ghosts
+    for number in range(8):
+        apply_seen(profile.impressions, ItemId(f"i{number}"), NOW_MS)
+    model = WordModel(catalogue)
+    few = RankerSettings(num_candidates=20)
+
+    def ships_drawn() -> int:
+        everything = msgspec.structs.replace(SLATE, unshown_logged=1000)
+        impression = impression_of(recommend(ask(encode_profile(profile)), catalogue, model, few, everything))
+        logged = [*impression.shown, *impression.unshown]
+        return sum(one.source == "interests" and one.tags == ["ships"] for one in logged)
+
+    assert ships_drawn() == 0
+    model.tag_weights.pairs_VV[bucket("ghosts"), bucket("ships")] = 50.0
+    assert ships_drawn() > 3
 
 
 def test_item_that_changes_while_it_is_ranked_is_logged_as_it_was_ranked() -> None:

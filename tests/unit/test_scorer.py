@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 import onnxruntime
@@ -13,6 +14,7 @@ import pytest
 
 from services.scorer import EncodedItems, EncodedUsers, Scorer
 from tailrace.errors import BundleError, ProviderError
+from tailrace.model_card import load_ranker_card, save_ranker_card
 from tailrace.tastes import BUCKETS, NO_TAG
 from tests.unit.conftest import FEATURE_NAMES, PRIOR
 
@@ -81,7 +83,9 @@ def test_provider_that_is_not_there_is_refused(bundle_dir: Path) -> None:
         Scorer.load(bundle_dir, precision="fp16", provider="cuda")
 
 
-@pytest.mark.parametrize("name", ["int8/scorer.onnx", "int8/user_encoder.onnx", "tokenizer.json", "model.json"])
+@pytest.mark.parametrize(
+    "name", ["int8/scorer.onnx", "int8/user_encoder.onnx", "tokenizer.json", "tag_weights.safetensors", "model.json"]
+)
 def test_damaged_file_is_named(bundle_dir: Path, tmp_path: Path, name: str) -> None:
     copy = shutil.copytree(bundle_dir, tmp_path / "b", ignore=shutil.ignore_patterns("fp*", "weights*"))
     (copy / name).write_bytes((copy / name).read_bytes()[:200])
@@ -89,12 +93,25 @@ def test_damaged_file_is_named(bundle_dir: Path, tmp_path: Path, name: str) -> N
         Scorer.load(copy)
 
 
-@pytest.mark.parametrize("name", ["int8/item_encoder.onnx", "int8/words.bin", "model.json"])
+@pytest.mark.parametrize("name", ["int8/item_encoder.onnx", "int8/words.bin", "tag_weights.safetensors", "model.json"])
 def test_missing_file_is_named(bundle_dir: Path, tmp_path: Path, name: str) -> None:
     copy = shutil.copytree(bundle_dir, tmp_path / "b", ignore=shutil.ignore_patterns("fp*", "weights*"))
     (copy / name).unlink()
     with pytest.raises(BundleError, match=Path(name).name):
         Scorer.load(copy)
+
+
+def test_bundle_with_other_buckets_of_tags_is_refused_and_one_from_before_knows_nothing_of_them(
+    bundle_dir: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(bundle_dir, tmp_path / "b", ignore=shutil.ignore_patterns("fp*", "weights*"))
+    card = load_ranker_card(copy)
+    save_ranker_card(msgspec.structs.replace(card, tag_buckets=BUCKETS * 2), copy)
+    with pytest.raises(BundleError, match="1024 buckets of tags"):
+        Scorer.load(copy)
+    save_ranker_card(msgspec.structs.replace(card, tag_buckets=0), copy)
+    (copy / "tag_weights.safetensors").unlink()
+    assert not Scorer.load(copy).tag_weights.worth(np.ones(BUCKETS, np.float32)).any()
 
 
 def test_precision_that_was_not_exported_is_refused(bundle_dir: Path) -> None:
