@@ -13,16 +13,22 @@ from typing import Any
 
 import click
 import httpx
+from msgspec.structs import replace
 from rich.console import Console
 from rich.live import Live
+from rich.progress import Progress
 
+from deploy.history import DAYS, live_past
 from deploy.live_view import facts, live_panel, print_summary
 from deploy.local import local_system
 from deploy.readers import Readers, expected_click_rates
+from deploy.training_job import count_impressions
+from services.loaded_model import LoadedModel
 from tailrace.errors import NotReady, TailraceError
 from tailrace.events import encode
 from tailrace.items import Item, decode_item
 from tailrace.kafka_clients import open_admin, open_producer, stream_lag
+from tailrace.registry import open_registry
 from tailrace.settings import Settings, load_settings
 from tailrace.telemetry import configure_logging
 from tailrace.topics import tailrace_topics
@@ -30,6 +36,7 @@ from tailrace.world import Moment, World
 from training.schedule import Schedule
 
 _READERS = 40
+_PAST_VISITS = 1400  # before the demo began: enough for a first round to find what version 0 does not know
 _VISITS_PER_S = 7.0
 # A few minutes of a few dozen readers: rounds begin early, learn little at a time, and the gate asks for less certainty
 # than it should where anybody's shop is at stake.
@@ -43,9 +50,10 @@ _READY_TIMEOUT_S = 120.0
 
 @click.command()
 @click.option("--duration", "duration_s", type=click.FloatRange(min=1), default=180.0, help="seconds of live readers")
+@click.option("--past", type=click.IntRange(min=DAYS), default=_PAST_VISITS, help="visits before the demo, once")
 @click.option("--seed", type=int, default=0, help="which world")
 @click.option("--settings", "settings_file", type=click.Path(path_type=Path, exists=True), default=None)
-def main(duration_s: float, seed: int, settings_file: Path | None) -> None:
+def main(duration_s: float, past: int, seed: int, settings_file: Path | None) -> None:
     """Runs the demo and prints what happened."""
     started = time.monotonic()
     console = Console()
@@ -60,7 +68,7 @@ def main(duration_s: float, seed: int, settings_file: Path | None) -> None:
         with (logs / "demo.log").open("a") as log_file:
             configure_logging(settings, log_file)
             with local_system(settings, tell, Schedule(after_examples=_ROUND_AFTER)) as running:
-                asyncio.run(_run_readers(running, duration_s, seed, console, tell))
+                asyncio.run(_run_readers(running, duration_s, past, seed, console, tell))
                 tell("Stopping")
     except TailraceError as error:
         raise click.ClickException(str(error)) from error
@@ -68,7 +76,7 @@ def main(duration_s: float, seed: int, settings_file: Path | None) -> None:
 
 
 async def _run_readers(
-    settings: Settings, duration_s: float, seed: int, console: Console, tell: Callable[[str], None]
+    settings: Settings, duration_s: float, past: int, seed: int, console: Console, tell: Callable[[str], None]
 ) -> None:
     # 1. The catalogue: announced as any producer would announce it. The same records again change nothing.
     producer = open_producer(settings.kafka, linger_ms=5)
@@ -76,12 +84,17 @@ async def _run_readers(
     items = announce_books(producer, settings)
     tell(f"{len(items)} books are on the `items` topic")
 
+    # 2. A past, once: what readers were shown and did before, from which the first round learns.
+    if not count_impressions(settings):
+        _import_past(settings, items, producer, past, seed, console)
+        tell(f"{past:,} visits of the last days are in the log: what was shown, and what became of it")
+
     url = f"http://{settings.gateway.host}:{settings.gateway.port}"
     async with httpx.AsyncClient(base_url=url, timeout=10.0) as client:
-        # 2. The first recommendation.
+        # 3. The first recommendation.
         await wait_until_ready(client, len(items))
         await _first_recommendation(client, tell)
-        # 3. Readers come and go; a probe measures; a person watches.
+        # 4. Readers come and go; a probe measures; a person watches.
         world = World(items, seed=seed)
         readers = Readers(
             world,
@@ -123,6 +136,31 @@ def announce_books(producer: Any, settings: Settings) -> list[Item]:
         producer.send(topic, key=item.item_id.encode(), value=encode(item))
     producer.flush(timeout=30)
     return items
+
+
+def _import_past(
+    settings: Settings, items: list[Item], producer: Any, visits: int, seed: int, console: Console
+) -> None:
+    """Puts the readers' past on the topics, as version 0 without its text half would have recommended to them."""
+    settings = replace(settings, ranker=replace(settings.ranker, item_text_cache=False))
+    registry, topics = open_registry(settings), tailrace_topics(settings.kafka)
+    [version] = registry.versions()
+    model = LoadedModel.load(registry.fetch(version, settings.path("cache")), version, settings)
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("visits of the last days", total=visits)
+        events = live_past(
+            items,
+            settings,
+            model,
+            readers=_READERS,
+            visits_a_day=visits // DAYS,
+            until_ms=int(time.time() * 1000),
+            seed=seed,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    for stream, event in events:
+        producer.send(topics[stream].name, key=event.user_id.encode(), value=encode(event))
+    producer.flush(timeout=30)
 
 
 async def wait_until_ready(client: httpx.AsyncClient, num_items: int) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import numpy as np
 
+from deploy.history import DAYS
 from tailrace.events import Action, Click, Context, Rating, encode
 from tailrace.ids import EventId, ItemId, RequestId, UserId
 from tailrace.world import Moment, Reaction, Reader, World
@@ -25,6 +26,7 @@ SLATE_SIZE = 8
 _ARM_SHARES = (0.7, 0.15, 0.15)
 _PROBED_ITEM = ItemId("probe")  # no such book: a probe's click must not make anything popular
 _WINDOW = 2000
+_FIRST_HOUR = 24 * DAYS + 12  # of the world: noon after the readers' past
 _WORLD_SECONDS_PER_SECOND = 60.0  # a minute of the demo is an hour of the readers' lives
 
 # Puts one event on its topic: (topic role, key, value).
@@ -86,7 +88,7 @@ class Readers:
     async def _visit(self, reader: Reader, rng: np.random.Generator) -> None:
         # 1. The reader arrives, on some device; a context event says so.
         await self._remember(reader)
-        world_s = 12 * 3600 + (time.monotonic() - self.tally.started) * _WORLD_SECONDS_PER_SECOND
+        world_s = _FIRST_HOUR * 3600 + (time.monotonic() - self.tally.started) * _WORLD_SECONDS_PER_SECOND
         moment = self.world.moment(world_s, rng)
         self._emit("contexts", Context(device=moment.device, country="GB", **_stamp(reader.user_id)))
         # 2. A slate is shown.

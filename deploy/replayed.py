@@ -10,6 +10,7 @@ Shapes: N candidates, F features.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -95,7 +96,14 @@ class Replayed:
         return Asked(user_text, user, rows_N, items, features_NF, make_tastes(responses.tastes, tags_N))
 
 
-def encode_all(model: LoadedModel, catalogue: Catalogue) -> None:
+class EncodesItems(Protocol):
+    """A model that encodes the items of a catalogue, chunk by chunk."""
+
+    def catch_up(self, catalogue: Catalogue) -> bool:
+        """Encodes the newest changes of the catalogue, up to one chunk, and returns whether more wait."""
+
+
+def encode_all(model: EncodesItems, catalogue: Catalogue) -> None:
     """Encodes every item the model lacks."""
     while model.catch_up(catalogue):
         pass

@@ -10,15 +10,14 @@ import heapq
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 
 from deploy.informed import Informed
-from deploy.replayed import Replayed, encode_all
-from services.bodies import Asked, RecommendationRequest, RequestContext
-from services.loaded_model import LoadedModel
-from services.recommender import recommend
+from deploy.replayed import EncodesItems, Replayed, encode_all
+from services.bodies import Asked, Degraded, RecommendationRequest, RequestContext
+from services.recommender import TextModel, recommend
 from tailrace.counters import HALF_LIVES_S
 from tailrace.events import Click, Impression, Rating, UserEvent, decode_event
 from tailrace.ids import EventId, ItemId, RequestId
@@ -46,6 +45,7 @@ class Habits:
     late_item_share: float = 0.15  # of the catalogue appears only as the days go by
     late_over_days: int = 5
     control_every: int = 4  # visits on which the first model ranks too: it costs as much as the one that serves
+    rung: Degraded = "none"  # where every answer is to come from
 
 
 @dataclass
@@ -103,6 +103,20 @@ class Log:
             case Rating():
                 self.ratings.append(event)
 
+    def in_time_order(self) -> list[tuple[str, UserEvent]]:
+        """Returns every event with its stream; what was shown comes before what became of it."""
+        streams: dict[str, Sequence[UserEvent]] = {
+            "impressions": self.impressions,
+            "clicks": self.clicks,
+            "ratings": self.ratings,
+        }
+        found = [(stream, event) for stream, events in streams.items() for event in events]
+        return sorted(found, key=lambda one: (one[1].at_ms, isinstance(one[1], Click | Rating)))
+
+
+class ServingModel(TextModel, EncodesItems, Protocol):
+    """What a town is recommended to by: a model that ranks, and that encodes what is announced."""
+
 
 class Town:
     """The readers, the state of the recommender, and the log, as the days go by. Everything follows from the seed."""
@@ -127,7 +141,7 @@ class Town:
         self._arrive(habits.readers)
 
     def live(
-        self, day: int, model: LoadedModel, control: LoadedModel, progress: Callable[[int, int], None]
+        self, day: int, model: ServingModel, control: ServingModel, progress: Callable[[int, int], None]
     ) -> DayFigures:
         """Lives one day, counted from 0, on the model's recommendations. Returns what the day was worth."""
         habits, clicks_before = self._habits, len(self.log.clicks)
@@ -157,7 +171,7 @@ class Town:
         return DayFigures(day, model.version, arms, paired, len(self.log.clicks) - clicks_before)
 
     def _visit(
-        self, now_ms: int, number: int, model: LoadedModel, control: LoadedModel
+        self, now_ms: int, number: int, model: ServingModel, control: ServingModel
     ) -> dict[str, tuple[float, int]]:
         reader = self._readers[int(self._rng.integers(len(self._readers)))]
         moment = self.world.moment((now_ms - FIRST_MS) / 1000, self._rng)
@@ -182,7 +196,7 @@ class Town:
         return worth
 
     def _recommend(
-        self, model: LoadedModel, reader: Reader, moment: Moment, now_ms: int
+        self, model: ServingModel, reader: Reader, moment: Moment, now_ms: int
     ) -> tuple[list[ItemId], Impression]:
         asked = Asked(
             request_id=RequestId(f"lab-{self._seed}-{len(self.log.impressions)}"),
@@ -194,7 +208,7 @@ class Town:
             budget_s=_PATIENCE_S,
         )
         answer = recommend(asked, self.state.catalogue, model, self._settings.ranker, self._settings.slate)
-        assert answer.degraded == "none", f"{model.version} answered from the rung {answer.degraded}"
+        assert answer.degraded == self._habits.rung, f"{model.version} answered from the rung {answer.degraded}"
         impression = cast(Impression, decode_event("impressions", answer.impression))
         return [item.item_id for item in answer.items], impression
 

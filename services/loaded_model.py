@@ -27,11 +27,11 @@ from tailrace.bundle import Bundle, LooseBundle
 from tailrace.catalogue import Catalogue
 from tailrace.cosines import Floats
 from tailrace.errors import BundleError, ScoringError, TooLate
-from tailrace.features import FEATURE_NAMES, FEATURE_NAMES_HASH
+from tailrace.features import FEATURE_NAMES
 from tailrace.ids import ModelVersion
+from tailrace.model_card import takes_our_input
 from tailrace.settings import RankerSettings, Settings
 from tailrace.tastes import Tastes
-from tailrace.text import TEXT_VERSION
 
 _USER_CACHE_BYTES = 64 * 1024 * 1024
 _QUERY_CACHE = 512
@@ -100,8 +100,7 @@ class LoadedModel:
             bundle, parts, run, precision=precision, provider=ranker.device, intra_op_threads=ranker.intra_op_threads
         )
         card = scorer.card
-        made_of = (tuple(card.feature_names), card.feature_names_hash, str(card.text_version))
-        if made_of != (FEATURE_NAMES, FEATURE_NAMES_HASH, str(TEXT_VERSION)):
+        if tuple(card.feature_names) != FEATURE_NAMES or not takes_our_input(card):
             raise BundleError(f"{version} was trained on other features or text than this program makes")
         encoder = encoder_digest(bundle, precision, card.max_item_tokens)
 

@@ -10,6 +10,7 @@ from tailrace.cli_session import Session, as_json
 from tailrace.errors import BrokerUnavailable, BundleError
 from tailrace.events import ModelAnnouncement
 from tailrace.ids import ModelVersion
+from tailrace.model_card import takes_our_input
 from tailrace.registry import Registry, announce, new_version, open_registry
 from tailrace.terminal import print_json, show_models
 
@@ -95,13 +96,18 @@ def export_model(session: Session, version: str, directory: Path) -> None:
 @models.command("init")
 @click.pass_obj
 def init_models(session: Session) -> None:
-    """Build version 0 from the base model, publish and promote it, unless a model serves already."""
+    """Build version 0 from the base model, publish and promote it, unless a model serves already.
+
+    A champion made for the features or the text of an older program cannot serve any more, and is replaced.
+    """
     settings = session.settings
     registry = open_registry(settings)
     pointer = registry.pointer()
     if pointer is not None:
-        click.echo(f"{pointer.champion} serves already")
-        return
+        if takes_our_input(registry.manifest(pointer.champion).model):
+            click.echo(f"{pointer.champion} serves already")
+            return
+        click.echo(f"{pointer.champion} was made for other features or text than this program makes: starting anew")
     from tailrace.features import FEATURE_NAMES, PRIOR_WEIGHTS
     from training.export import build_version_zero
 

@@ -7,7 +7,9 @@ import msgspec
 
 from tailrace.bundle import MODEL_CARD, ModelCard
 from tailrace.errors import BundleError
+from tailrace.features import FEATURE_NAMES_HASH
 from tailrace.ids import ModelVersion
+from tailrace.text import TEXT_VERSION
 
 CARD_FORMAT = 1
 
@@ -31,6 +33,11 @@ class RankerCard(ModelCard, frozen=True, kw_only=True):
     bert_config: dict[str, Any]
     tag_buckets: int = 0
     format: int = CARD_FORMAT
+
+
+def takes_our_input(card: ModelCard) -> bool:
+    """Whether a model was made for the features and the text that this program makes: others can serve no longer."""
+    return (card.feature_names_hash, str(card.text_version)) == (FEATURE_NAMES_HASH, str(TEXT_VERSION))
 
 
 def save_ranker_card(card: RankerCard, directory: Path) -> None:

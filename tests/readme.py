@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tailrace.settings import settings_table
-from tests.bench.report import load_results, markdown_table
+from tests.bench.report import GPU_RESULTS, load_results, markdown_table
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -32,7 +32,12 @@ def tree_map() -> str:
 
 def sections() -> Mapping[str, str]:
     """Returns what stands between the markers of each generated section."""
-    return {"map": tree_map(), "settings": settings_table(), "measured": markdown_table(load_results())}
+    return {
+        "map": tree_map(),
+        "settings": settings_table(),
+        "measured": markdown_table(load_results()),
+        "measured on a gpu": markdown_table(load_results(GPU_RESULTS)),
+    }
 
 
 def section(name: str) -> str:

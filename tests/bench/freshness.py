@@ -10,7 +10,6 @@ whether a figure comes of a run is not left to a handful of slates.
 import asyncio
 import tempfile
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import httpx
@@ -23,7 +22,7 @@ from deploy.local import local_system
 from deploy.simulated_days import Habits, Log, Town
 from deploy.training_job import train_once
 from services.loaded_model import LoadedModel
-from tailrace.events import Click, Rating, UserEvent, encode
+from tailrace.events import encode
 from tailrace.ids import ModelVersion
 from tailrace.kafka_clients import open_admin, open_producer, stream_lag
 from tailrace.registry import announce, open_registry
@@ -55,7 +54,7 @@ def bench_freshness(console: Console) -> list[Row]:
             asyncio.run(_wait_until_ready(url, num_items))
             log = _live(running, console)
             topics = tailrace_topics(running.kafka)
-            for role, event in _events(log):
+            for role, event in log.in_time_order():
                 producer.send(topics[role].name, key=event.user_id.encode(), value=encode(event))
             producer.flush()
             producer.close()
@@ -84,16 +83,6 @@ def _live(settings: Settings, console: Console) -> Log:
         for day in range(_DAYS):
             town.live(day, model, model, lambda done, total: progress.advance(days))
     return town.log
-
-
-def _events(log: Log) -> Iterable[tuple[str, UserEvent]]:
-    streams: dict[str, list[UserEvent]] = {
-        "impressions": [*log.impressions],
-        "clicks": [*log.clicks],
-        "ratings": [*log.ratings],
-    }
-    found = [(role, event) for role, events in streams.items() for event in events]
-    return sorted(found, key=lambda one: (one[1].at_ms, isinstance(one[1], Click | Rating)))
 
 
 def _wait_until_folded(settings: Settings) -> None:

@@ -32,7 +32,7 @@ def run_demo(folder: Path, seconds: int) -> str:
         "TAILRACE_GATEWAY__PORT": str(free_port()),
         "TAILRACE_STREAM__METRICS_PORT": str(free_port()),
     }
-    command = [sys.executable, "-m", "deploy.demo", "--duration", str(seconds)]
+    command = [sys.executable, "-m", "deploy.demo", "--duration", str(seconds), "--past", "60"]
     root = Path(__file__).parents[2]
     with subprocess.Popen(
         command, cwd=root, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -52,9 +52,11 @@ def test_the_demo_runs_sums_up_leaves_nothing_behind_and_goes_on_from_its_data(t
     assert "First recommendation" in first
     assert re.search(r"recommendations\s+│\s+\d+ .* 0 failed calls", first), first
     assert re.search(r"click rate, personalised", first)
+    assert "60 visits of the last days are in the log" in first
     model = (tmp_path / "data" / "logs" / "model.log").read_text()
     assert "published and promoted" in model
 
     again = run_demo(tmp_path, 5)
     assert re.search(r"recommendations\s+│\s+\d+ .* 0 failed calls", again), again
+    assert "visits of the last days" not in again
     assert "serves already" in (tmp_path / "data" / "logs" / "model.log").read_text()

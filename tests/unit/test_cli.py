@@ -12,16 +12,18 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tailrace.cli import main
+from tailrace.features import FEATURE_NAMES_HASH
 from tailrace.ids import ModelVersion
 from tailrace.registry import Registry
+from tailrace.text import TEXT_VERSION
 from tests.servers import hear_interrupts
 
 CARD = {
     "base_model": "tiny",
     "split_layer": 3,
     "item_states": 4,
-    "feature_names_hash": "abc",
-    "text_version": 1,
+    "feature_names_hash": FEATURE_NAMES_HASH,
+    "text_version": TEXT_VERSION,
     "precisions": ["int8"],
 }
 
@@ -230,6 +232,19 @@ def test_models_export_copies_a_checked_bundle_into_an_empty_folder(
 def test_models_init_leaves_a_registry_that_serves_alone(settings_file: Path, registry: Registry) -> None:
     assert run("models", "init", settings=settings_file).stdout == "v1 serves already\n"
     assert registry.versions() == ["v1", "v2"]
+
+
+def test_models_init_replaces_a_champion_made_for_other_features(settings_file: Path, tmp_path: Path) -> None:
+    source = tmp_path / "bundle"
+    source.mkdir()
+    (source / "model.json").write_bytes(msgspec.json.encode(CARD | {"feature_names_hash": "of old"}))
+    registry = Registry(str(tmp_path / "data" / "registry"))
+    registry.publish(source, version=ModelVersion("v1"))
+    registry.promote(ModelVersion("v1"))
+    assert "starting anew" in run("models", "init", settings=settings_file).stdout
+    pointer = registry.pointer()
+    assert pointer is not None and pointer.champion != "v1" and pointer.history == ["v1"]
+    assert "serves already" in run("models", "init", settings=settings_file).stdout
 
 
 # -- being stopped -------------------------------------------------------------------------------------------------

@@ -1,0 +1,86 @@
+"""Simulated days by the functions that serve and train: the lab in small, and the past that the demo begins with."""
+
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from deploy.demo import load_books
+from deploy.history import live_past
+from deploy.lab import run_lab
+from deploy.simulated_days import DAY_MS, Habits
+from services.loaded_model import LoadedModel
+from tailrace.events import Click, Impression, Rating
+from tailrace.features import FEATURE_NAMES, PRIOR_WEIGHTS
+from tailrace.ids import ModelVersion
+from tailrace.settings import Settings, load_settings
+from training.export import build_version_zero
+
+NOW_MS = 1_795_000_000_000
+HABITS = Habits(readers=12, readers_new_each_day=2, visits_a_day=40, control_every=2)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return load_settings(
+        None,
+        environ={},
+        data_dir=str(tmp_path / "data"),
+        ranker={"num_candidates": 30, "item_text_cache": False},
+        training={"min_examples": 20, "threads": 1, "trackers": []},
+    )
+
+
+def test_lab_lives_its_days_with_a_round_between_them_and_knows_what_each_arm_was_worth(
+    settings: Settings, tmp_path: Path
+) -> None:
+    told: list[str] = []
+    run = run_lab(
+        tmp_path / "lab",
+        load_books(),
+        HABITS,
+        settings,
+        days=2,
+        seed=0,
+        progress=lambda step, done, total: None,
+        tell=told.append,
+    )
+    assert [day.day for day in run.days] == [0, 1] and len(run.rounds) == 1
+    assert run.rounds[0].outcome in ("promoted", "rejected") and run.rounds[0].fresh > 20
+    for day in run.days:
+        rates = {arm: tally.click_rate for arm, tally in day.arms.items()}
+        assert rates["oracle"] > max(rates[arm] for arm in rates if arm != "oracle") > 0
+        assert len(day.paired) == HABITS.visits_a_day // HABITS.control_every
+    # On the first day version 0 serves, and control is the same version: all that sets them apart is exploration.
+    assert run.days[0].version == "v0" and len(told) == 3
+
+
+def test_past_ends_now_and_quotes_the_requests_that_it_answers(settings: Settings, tmp_path: Path) -> None:
+    version = ModelVersion("v0")
+    build_version_zero(
+        tmp_path / "v0", version=version, feature_names=FEATURE_NAMES, prior=PRIOR_WEIGHTS, precisions=("int8",)
+    )
+    model = LoadedModel.load(tmp_path / "v0", version, settings)
+    done: list[int] = []
+    events = live_past(
+        load_books(),
+        replace(settings, slate=replace(settings.slate, exploration=0.0)),
+        model,
+        readers=10,
+        visits_a_day=25,
+        until_ms=NOW_MS,
+        seed=0,
+        progress=lambda number, total: done.append(number),
+    )
+    times = [event.at_ms for _, event in events]
+    assert times == sorted(times) and times[0] >= NOW_MS - 2 * DAY_MS and times[-1] < NOW_MS + DAY_MS
+    assert done == list(range(1, 51))
+    shown = {}
+    for stream, event in events:
+        if isinstance(event, Impression):
+            assert (stream, event.degraded, event.model_version) == ("impressions", "no_text", version)
+            shown[event.request_id] = [one.item_id for one in event.shown]
+        else:
+            assert isinstance(event, Click | Rating) and event.request_id is not None and event.position is not None
+            assert shown[event.request_id][event.position] == event.item_id
+    assert len(shown) == 50 and len(events) > 60
