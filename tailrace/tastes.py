@@ -90,8 +90,9 @@ def no_tastes(count: int) -> Tastes:
 
 
 def tags_of(item: Item) -> list[str]:
-    """Returns the tags of an item that are looked at: the first few, each once."""
-    return [key.removeprefix(TAG) for key in item.topics_of_interest if key.startswith(TAG)][:MOST_TAGS]
+    """Returns the tags of an item that are looked at: the first few of those among its interest keys, each once."""
+    facts = [fact.entity for fact in item.facts if f"{fact.relation}:" == TAG]  # their interest keys are the same
+    return list(dict.fromkeys([*item.tags, *facts]))[:MOST_TAGS]
 
 
 def strongest(tastes: Mapping[str, float]) -> dict[str, float]:

@@ -102,6 +102,7 @@ class World:
                 raw_IT[row, self._column[theme]] = 1.0 if theme.startswith("tag:") else _ENTITY_WEIGHT
         self.most = _MOST
         self.slopes_IT: Floats = _TASTE_LOGIT * raw_IT / np.maximum(np.linalg.norm(raw_IT, axis=1, keepdims=True), 1e-9)
+        self._slopes_TI: Floats = np.ascontiguousarray(self.slopes_IT.T)
         rng = np.random.default_rng(seed)
         self._quality_I: Floats = rng.normal(scale=_QUALITY_SPREAD, size=len(items))
         self._light_I: Floats = np.array([0.0 if _LIGHT.isdisjoint(of) else 1.0 for of in item_themes])
@@ -153,7 +154,8 @@ class World:
         """Returns float64 [I]: the probability that the reader, having examined an item, clicks it."""
         angle = moment.hours / 24.0 / _DRIFT_DAYS
         taste_T = np.cos(angle) * reader.taste_T + np.sin(angle) * reader.drift_T
-        logits_I = self.usual_logits(moment) + self.slopes_IT @ taste_T + self._quality_I
+        themes = np.flatnonzero(taste_T)  # a few dozen of a thousand
+        logits_I = self.usual_logits(moment) + taste_T[themes] @ self._slopes_TI[themes] + self._quality_I
         attraction_I: Floats = self.most / (1.0 + np.exp(-logits_I))
         for item_id in reader.read:
             attraction_I[self._row[item_id]] *= 0.05
