@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
-from services.candidates import Filters
+from services.filters import Filters
 from services.problem import Problem
 from tailrace.errors import InvalidRecord
 from tailrace.events import ShortScalar, ShortText, invalid_record

@@ -9,17 +9,14 @@ Shapes: R rows of the catalogue, N candidates, D vector size.
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Annotated, Literal
+from typing import Literal
 
-import msgspec
 import numpy as np
-from msgspec import Meta
 from numpy.typing import NDArray
 
+from services.filters import Filters, fitting
 from tailrace.catalogue import Catalogue, Flags, Rows
-from tailrace.events import Scalar, ShortText
 from tailrace.ids import ItemId
-from tailrace.items import TAG, Fact, Item
 from tailrace.profile import Profile
 from tailrace.tastes import sum_worth
 
@@ -38,30 +35,6 @@ _SHARES: Mapping[Source, float] = {
     "cold": 0.03,
 }
 _TREND_HALF_LIVES = (1, 2, 3, 4)  # 1 h, 6 h, 24 h, 7 d
-_FEW = Meta(max_length=64)  # conditions of one kind: each is a pass over the catalogue
-
-
-class Range(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A number between `min` and `max`, both included; absent means unbounded."""
-
-    min: float | None = None
-    max: float | None = None
-
-
-class Filters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the caller wants to see. Every stated condition must hold.
-
-    `attributes` maps a name to the value it must equal, or to a Range. An item without the attribute is left out.
-
-    >>> msgspec.json.decode('{"tags_any":["gothic"],"attributes":{"year":{"max":1900}}}', type=Filters).tags_any
-    ['gothic']
-    """
-
-    tags_any: Annotated[list[ShortText], _FEW] = []
-    tags_all: Annotated[list[ShortText], _FEW] = []
-    tags_none: Annotated[list[ShortText], _FEW] = []
-    facts: Annotated[list[Fact], _FEW] = []
-    attributes: Annotated[dict[ShortText, Scalar | Range], _FEW] = {}
 
 
 @dataclass(frozen=True)
@@ -207,42 +180,13 @@ def _allowed(catalogue: Catalogue, request: PoolRequest) -> tuple[Flags, dict[st
         removed[reason] = removed.get(reason, 0) + int(allowed_R[rows].sum())
         allowed_R[rows] = False
 
-    def keep(reason: str, rows: Rows) -> None:
-        others_R = np.ones_like(allowed_R)
-        others_R[_below(rows, len(allowed_R))] = False
-        remove(reason, np.flatnonzero(others_R))
-
     remove("excluded", catalogue.rows(set(request.exclude)))
     remove("hidden", catalogue.rows({touch.item_id for touch in profile.recent if touch.action == "hide"}))
     if not request.keep_seen:
         remove("seen", catalogue.rows(profile.clicks.seen.keys() | profile.ratings.seen.keys()))
-    if filters.tags_any:
-        keep("filtered", np.concatenate([catalogue.topic_rows(f"{TAG}{tag}") for tag in filters.tags_any]))
-    for tag in filters.tags_all:
-        keep("filtered", catalogue.topic_rows(f"{TAG}{tag}"))
-    for fact in filters.facts:
-        keep("filtered", catalogue.topic_rows(f"{fact.relation}:{fact.entity}"))
-    for tag in filters.tags_none:
-        remove("filtered", catalogue.topic_rows(f"{TAG}{tag}"))
-    if filters.attributes:  # not indexed: linear in what is left
-        rows = np.flatnonzero(allowed_R)
-        items = catalogue.items_at(rows)
-        unfit = [item is None or not _fits(item, filters.attributes) for item in items]
-        remove("filtered", rows[np.array(unfit, dtype=np.bool_)])
-    return allowed_R, {reason: count for reason, count in removed.items() if count}
-
-
-def _fits(item: Item, attributes: Mapping[str, Scalar | Range]) -> bool:
-    for name, wanted in attributes.items():
-        value = item.attributes.get(name)
-        if isinstance(wanted, Range):
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                return False
-            if (wanted.min is not None and value < wanted.min) or (wanted.max is not None and value > wanted.max):
-                return False
-        elif value != wanted or isinstance(value, bool) != isinstance(wanted, bool):
-            return False
-    return True
+    fitting_R = fitting(catalogue, filters, allowed_R)
+    removed["filtered"] = int(allowed_R.sum() - fitting_R.sum())
+    return fitting_R, {reason: count for reason, count in removed.items() if count}
 
 
 def _offers(

@@ -12,7 +12,6 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -22,8 +21,9 @@ from tailrace.counters import HALF_LIVES_S, KINDS, MAX_TOUCHES, MAX_VISITORS, ad
 from tailrace.errors import InvalidRecord
 from tailrace.events import ItemStats, decode
 from tailrace.ids import ItemId
-from tailrace.items import TAG, Item, decode_item
-from tailrace.tastes import MOST_TAGS, NO_TAG, TagBuckets, bucket_tags, tags_of
+from tailrace.items import Item, decode_item
+from tailrace.tastes import TagBuckets
+from tailrace.topic_index import TopicIndex, Topics
 
 Rows = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -54,13 +54,6 @@ class ItemRows:
     visits_ms_NV: Times  # when each of them first came
 
 
-class Topics(NamedTuple):
-    """One item's interest keys, each once."""
-
-    tags: tuple[str, ...] = ()
-    entities: tuple[str, ...] = ()
-
-
 class Catalogue:
     """Items and their counters by row. `apply_item` and `apply_stats` fit `table_reader.ApplyRecord`.
 
@@ -74,15 +67,12 @@ class Catalogue:
         self._lock = threading.RLock()
         self._row_of: dict[ItemId, int] = {}
         self._items: list[Item | None] = []
-        self._topics: list[Topics] = []
-        self._topic_rows: dict[str, set[int]] = {}
-        self._topic_arrays: dict[str, Rows] = {}
+        self._index = TopicIndex()
         self._free: deque[tuple[int, int]] = deque()  # (row, when freed)
         self._covisits: dict[ItemId, tuple[int, dict[ItemId, float]]] = {}  # added up when first asked for
         self._partials: dict[ItemId, dict[int, ItemStats]] = {}
         self._unannounced: dict[ItemId, None] = {}  # oldest first
         self._version = 0
-        self._tags: TagBuckets = np.full((_FIRST_ROWS, MOST_TAGS), NO_TAG, dtype=np.int16)
         self._announced_ms: Times = np.full(_FIRST_ROWS, NEVER_MS, dtype=np.int64)
         self._created_ms: Times = np.full(_FIRST_ROWS, NEVER_MS, dtype=np.int64)
         self._first_ms: Times = np.full(_FIRST_ROWS, NEVER_MS, dtype=np.int64)
@@ -176,16 +166,15 @@ class Catalogue:
     def topics(self, item_id: ItemId) -> tuple[str, ...]:
         """Returns an item's interest keys, none where it is unknown."""
         row = self._row_of.get(item_id)
-        return () if row is None else self._topics[row].tags + self._topics[row].entities
+        return () if row is None else self._index.topics(row).keys
 
     def topics_at(self, rows: Sequence[int] | Rows) -> list[tuple[str, ...]]:
         """Returns each row's interest keys (`tag:gothic`, `author:Mary Shelley`), none where a row is free."""
-        return [topics.tags + topics.entities for topics in self.split_topics_at(rows)]
+        return [topics.keys for topics in self.split_topics_at(rows)]
 
     def split_topics_at(self, rows: Sequence[int] | Rows) -> list[Topics]:
         """Returns each row's interest keys, tags and entities apart."""
-        topics = self._topics
-        return [topics[row] for row in rows]
+        return [self._index.topics(row) for row in rows]
 
     def live_rows(self) -> Rows:
         """Returns int64: every row that holds an item, ascending."""
@@ -195,17 +184,12 @@ class Catalogue:
     def topic_rows(self, key: str) -> Rows:
         """Returns int64: the rows of the items under an interest key, ascending. Do not write to it."""
         with self._lock:
-            held = self._topic_arrays.get(key)
-            if held is None:
-                held = np.array(sorted(self._topic_rows.get(key, ())), dtype=np.int64)
-                if key in self._topic_rows:
-                    self._topic_arrays[key] = held
-            return held
+            return self._index.rows(key)
 
     def tags(self) -> TagBuckets:
         """Returns int16 [R,K]: the tags of every row by bucket, as a ranker takes them (`tailrace.tastes`)."""
         with self._lock:
-            return self._tags[: len(self._items)].copy()
+            return self._index.tags()
 
     def changed_since(self, version: int) -> tuple[Rows, int]:
         """Returns the rows whose item came, changed or went after `version`, and the version that this brings you to.
@@ -267,25 +251,16 @@ class Catalogue:
             row = len(self._items)
             if row == len(self._versions):
                 self._grow()
+            self._index.add_row()
             self._items.append(None)
-            self._topics.append(Topics())
         self._announced_ms[row] = at_ms
         self._unannounced.pop(item_id, None)
         self._row_of[item_id] = row
         return row
 
     def _put(self, row: int, item: Item) -> None:
-        self._unlink(row)
         self._items[row] = item
-        keys = dict.fromkeys(item.topics_of_interest)
-        self._topics[row] = Topics(
-            tags=tuple(key for key in keys if key.startswith(TAG)),
-            entities=tuple(key for key in keys if not key.startswith(TAG)),
-        )
-        self._tags[row] = bucket_tags([tags_of(item)])[0]
-        for key in keys:
-            self._topic_rows.setdefault(key, set()).add(row)
-            self._topic_arrays.pop(key, None)
+        self._index.put(row, item)
         self._add_partials(row, item.item_id)
         self._mark(row)
 
@@ -294,10 +269,8 @@ class Catalogue:
         if row is None:
             return
         self._covisits.pop(item_id, None)
-        self._unlink(row)
         self._items[row] = None
-        self._topics[row] = Topics()
-        self._tags[row] = NO_TAG
+        self._index.clear(row)
         self._announced_ms[row] = self._created_ms[row] = self._first_ms[row] = NEVER_MS
         self._touches_ms[row] = NEVER_MS
         self._visitors[row] = NOBODY
@@ -308,14 +281,6 @@ class Catalogue:
         self._mark(row)
         if item_id in self._partials:
             self._await_item(item_id)
-
-    def _unlink(self, row: int) -> None:
-        for key in self._topics[row].tags + self._topics[row].entities:
-            rows = self._topic_rows[key]
-            rows.discard(row)
-            self._topic_arrays.pop(key, None)
-            if not rows:
-                del self._topic_rows[key]
 
     def _mark(self, row: int) -> None:
         self._version += 1
@@ -374,7 +339,7 @@ class Catalogue:
 
     def _grow(self) -> None:
         never = dict.fromkeys(("_announced_ms", "_created_ms", "_first_ms", "_touches_ms", "_visits_ms"), NEVER_MS)
-        empty_by_name = never | {"_tags": NO_TAG, "_visitors": NOBODY, "_sums": 0, "_held_ms": 0, "_versions": 0}
+        empty_by_name = never | {"_visitors": NOBODY, "_sums": 0, "_held_ms": 0, "_versions": 0}
         for name, empty in empty_by_name.items():
             old = getattr(self, name)
             setattr(self, name, np.concatenate([old, np.full_like(old, empty)]))

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tailrace.catalogue import Topics
 from tailrace.ids import ItemId
 from tailrace.items import TAG
 from tailrace.profile import INTEREST_HALF_LIFE_MS, Profile
 from tailrace.tastes import strongest
+from tailrace.topic_index import Topics
 
 # Evidence is weighed against this many clicks of none: a tag's first showings move its response little. Chosen in
 # `tailrace.world`, where half of it or less ranks worse than interests do, and twice of it no better.

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.candidates import Candidates, Filters, PoolRequest, build_pool, nearest
+from services.candidates import Candidates, PoolRequest, build_pool, nearest
+from services.filters import Filters
 from tailrace.catalogue import Catalogue
 from tailrace.counters import CounterTable, item_stats
 from tailrace.events import Action, Click, Rating, encode

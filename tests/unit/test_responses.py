@@ -2,10 +2,10 @@
 
 import pytest
 
-from tailrace.catalogue import Topics
 from tailrace.ids import ItemId, UserId
 from tailrace.profile import INTEREST_HALF_LIFE_MS, Profile, apply_seen
 from tailrace.responses import Responses, gather_responses, sum_over, topic_columns, topic_pulls
+from tailrace.topic_index import Topics
 
 NOW_MS = 1_790_000_000_000
 TOPICS = {
