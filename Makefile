@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
-DURATION ?= 180
+DURATION ?= 240
 ACCELERATOR ?= cpu
 
 VENV := .venv
@@ -24,7 +24,7 @@ $(STAMP): $(LOCK) pyproject.toml
 	@VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
-demo: $(STAMP) ## the whole system with simulated readers for DURATION=180 seconds
+demo: $(STAMP) ## the whole system with simulated readers for DURATION=240 seconds
 	@$(BIN)/python -m deploy.demo --duration $(DURATION)
 
 test: $(STAMP) ## every test: unit, contract, integration, recovery, end to end

@@ -36,12 +36,12 @@ from tailrace.world import Moment, World
 from training.schedule import Schedule
 
 _READERS = 40
-_PAST_VISITS = 1400  # before the demo began: enough for a first round to find what version 0 does not know
-_VISITS_PER_S = 7.0
+_PAST_VISITS = 2200  # before the demo began: enough for a first round to find what version 0 does not know
+_VISITS_PER_S = 6.0
 # A few minutes of a few dozen readers: rounds begin early, learn little at a time, and the gate asks for less certainty
 # than it should where anybody's shop is at stake.
 _SETTINGS: dict[str, Any] = {
-    "training": {"min_examples": 150, "wait_s": 5.0, "holdout_share": 0.4, "threads": 1},
+    "training": {"min_examples": 150, "wait_s": 5.0, "holdout_share": 0.2, "threads": 1},
     "gate": {"margin": 0.05, "max_found_loss": 0.05, "confidence": 0.8, "canary_share": 0.5, "canary_impressions": 60},
 }
 _ROUND_AFTER = 400  # new impressions
@@ -49,7 +49,7 @@ _READY_TIMEOUT_S = 120.0
 
 
 @click.command()
-@click.option("--duration", "duration_s", type=click.FloatRange(min=1), default=180.0, help="seconds of live readers")
+@click.option("--duration", "duration_s", type=click.FloatRange(min=1), default=240.0, help="seconds of live readers")
 @click.option("--past", type=click.IntRange(min=DAYS), default=_PAST_VISITS, help="visits before the demo, once")
 @click.option("--seed", type=int, default=0, help="which world")
 @click.option("--settings", "settings_file", type=click.Path(path_type=Path, exists=True), default=None)

@@ -18,6 +18,7 @@ from tailrace.items import Item
 from tailrace.settings import Settings
 
 DAYS = 2
+_CANDIDATES = 80  # enough for slates of eight and their log; 200 would take twice as long
 
 
 class WithoutText:
@@ -54,6 +55,7 @@ def live_past(
         control_every=DAYS * visits_a_day + 1,
         rung="no_text",
     )
+    settings = replace(settings, ranker=replace(settings.ranker, num_candidates=_CANDIDATES))
     town = Town(items, habits, settings, seed)
     served = WithoutText(model)
     for day in range(DAYS):
