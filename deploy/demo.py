@@ -7,12 +7,13 @@ import asyncio
 import contextlib
 import importlib.resources
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import httpx
+from kafka.errors import KafkaError
 from msgspec.structs import replace
 from rich.console import Console
 from rich.live import Live
@@ -20,19 +21,18 @@ from rich.progress import Progress
 
 from deploy.history import DAYS, live_past
 from deploy.live_view import facts, live_panel, print_summary
-from deploy.local import local_system
-from deploy.readers import Readers, expected_click_rates
-from deploy.training_job import count_impressions
+from deploy.local import local_system, rounds_beside
+from deploy.readers import Readers
 from services.loaded_model import LoadedModel
-from tailrace.errors import NotReady, TailraceError
-from tailrace.events import encode
+from tailrace.errors import BrokerUnavailable, NotReady, TailraceError
+from tailrace.events import Click, UserEvent, encode
 from tailrace.items import Item, decode_item
 from tailrace.kafka_clients import open_admin, open_producer, stream_lag
 from tailrace.registry import open_registry
 from tailrace.settings import Settings, load_settings
 from tailrace.telemetry import configure_logging
 from tailrace.topics import tailrace_topics
-from tailrace.world import Moment, World
+from tailrace.world import World
 from training.schedule import Schedule
 
 _READERS = 40
@@ -50,10 +50,12 @@ _READY_TIMEOUT_S = 120.0
 
 @click.command()
 @click.option("--duration", "duration_s", type=click.FloatRange(min=1), default=240.0, help="seconds of live readers")
-@click.option("--past", type=click.IntRange(min=DAYS), default=_PAST_VISITS, help="visits before the demo, once")
+@click.option(
+    "--past", "past_visits", type=click.IntRange(min=DAYS), default=_PAST_VISITS, help="visits before the demo, once"
+)
 @click.option("--seed", type=int, default=0, help="which world")
 @click.option("--settings", "settings_file", type=click.Path(path_type=Path, exists=True), default=None)
-def main(duration_s: float, past: int, seed: int, settings_file: Path | None) -> None:
+def main(duration_s: float, past_visits: int, seed: int, settings_file: Path | None) -> None:
     """Runs the demo and prints what happened."""
     started = time.monotonic()
     console = Console()
@@ -67,44 +69,98 @@ def main(duration_s: float, past: int, seed: int, settings_file: Path | None) ->
         logs.mkdir(parents=True, exist_ok=True)
         with (logs / "demo.log").open("a") as log_file:
             configure_logging(settings, log_file)
-            with local_system(settings, tell, Schedule(after_examples=_ROUND_AFTER)) as running:
-                asyncio.run(_run_readers(running, duration_s, past, seed, console, tell))
+            with local_system(settings, tell) as running:
+                past = _prepare(running, past_visits, seed, console, tell)
+                with rounds_beside(running, Schedule(after_examples=_ROUND_AFTER), tell):
+                    asyncio.run(_run_readers(running, past, duration_s, seed, console, tell))
                 tell("Stopping")
     except TailraceError as error:
         raise click.ClickException(str(error)) from error
     tell("Stopped; run it again and it goes on from here")
 
 
-async def _run_readers(
-    settings: Settings, duration_s: float, past: int, seed: int, console: Console, tell: Callable[[str], None]
-) -> None:
+def _prepare(settings: Settings, visits: int, seed: int, console: Console, tell: Callable[[str], None]) -> list[Click]:
+    """Announces the catalogue and, once, puts the readers' past into the log. Returns what they clicked in it."""
     # 1. The catalogue: announced as any producer would announce it. The same records again change nothing.
     producer = open_producer(settings.kafka, linger_ms=5)
-    topics = tailrace_topics(settings.kafka)
     items = announce_books(producer, settings)
     tell(f"{len(items)} books are on the `items` topic")
+    # 2. The past, as version 0 would have recommended: not where it is there, or something else serves already.
+    registry, told = open_registry(settings), settings.path("past-imported")
+    pointer = registry.pointer()
+    assert pointer is not None
+    past: list[Click] = []
+    if not told.exists() and registry.manifest(pointer.champion).parent is None:
+        folder = registry.fetch(pointer.champion, settings.path("cache") / "bundles")
+        quiet = replace(settings, ranker=replace(settings.ranker, item_text_cache=False))  # replicas fill the cache
+        model = LoadedModel.load(folder, pointer.champion, quiet)
+        events = _live_past(items, settings, model, visits, seed, console)
+        _send_all(producer, settings, events)
+        told.touch()
+        past = [event for _, event in events if isinstance(event, Click) and event.action == "click"]
+        shown = sum(stream == "impressions" for stream, _ in events)
+        tell(f"{shown:,} visits of the last days are in the log: what was shown, and what became of it")
+    producer.close()
+    return past
 
-    # 2. A past, once: what readers were shown and did before, from which the first round learns.
-    if not count_impressions(settings):
-        _import_past(settings, items, producer, past, seed, console)
-        tell(f"{past:,} visits of the last days are in the log: what was shown, and what became of it")
 
+def _live_past(
+    items: list[Item], settings: Settings, model: LoadedModel, visits: int, seed: int, console: Console
+) -> list[tuple[str, UserEvent]]:
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("visits of the last days", total=visits)
+        return live_past(
+            items,
+            settings,
+            model,
+            readers=_READERS,
+            visits_a_day=visits // DAYS,
+            until_ms=int(time.time() * 1000),
+            seed=seed,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+
+
+def _send_all(producer: Any, settings: Settings, events: Sequence[tuple[str, UserEvent]]) -> None:
+    """Returns once Kafka has all of them. Raises BrokerUnavailable."""
+    topics = tailrace_topics(settings.kafka)
+    try:
+        sent = [
+            producer.send(topics[stream].name, key=event.user_id.encode(), value=encode(event))
+            for stream, event in events
+        ]
+        producer.flush(timeout=30)
+        for future in sent:
+            future.get(timeout=0)
+    except KafkaError as error:
+        raise BrokerUnavailable(f"the past could not be sent: {error}") from error
+
+
+async def _run_readers(
+    settings: Settings,
+    past: Sequence[Click],
+    duration_s: float,
+    seed: int,
+    console: Console,
+    tell: Callable[[str], None],
+) -> None:
+    producer = open_producer(settings.kafka, linger_ms=5)
+    topics, items = tailrace_topics(settings.kafka), load_books()
     url = f"http://{settings.gateway.host}:{settings.gateway.port}"
     async with httpx.AsyncClient(base_url=url, timeout=10.0) as client:
-        # 3. The first recommendation.
+        # 1. The first recommendation.
         await wait_until_ready(client, len(items))
         await _first_recommendation(client, tell)
-        # 4. Readers come and go; a probe measures; a person watches.
-        world = World(items, seed=seed)
+        # 2. Readers come and go; a probe measures; a person watches.
         readers = Readers(
-            world,
+            World(items, seed=seed),
             client,
             lambda role, key, value: producer.send(topics[role].name, key=key.encode(), value=value),
             count=_READERS,
             seed=seed,
+            past=past,
         )
-        moment = Moment(hours=12.0, device="desktop")
-        ceiling = expected_click_rates(world, [world.reader(number, seed=seed) for number in range(100)], moment)
+        ceiling = readers.attainable_click_rate()
         stop = asyncio.Event()
         admin = open_admin(settings.kafka)
 
@@ -136,31 +192,6 @@ def announce_books(producer: Any, settings: Settings) -> list[Item]:
         producer.send(topic, key=item.item_id.encode(), value=encode(item))
     producer.flush(timeout=30)
     return items
-
-
-def _import_past(
-    settings: Settings, items: list[Item], producer: Any, visits: int, seed: int, console: Console
-) -> None:
-    """Puts the readers' past on the topics, as version 0 without its text half would have recommended to them."""
-    settings = replace(settings, ranker=replace(settings.ranker, item_text_cache=False))
-    registry, topics = open_registry(settings), tailrace_topics(settings.kafka)
-    [version] = registry.versions()
-    model = LoadedModel.load(registry.fetch(version, settings.path("cache")), version, settings)
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("visits of the last days", total=visits)
-        events = live_past(
-            items,
-            settings,
-            model,
-            readers=_READERS,
-            visits_a_day=visits // DAYS,
-            until_ms=int(time.time() * 1000),
-            seed=seed,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )
-    for stream, event in events:
-        producer.send(topics[stream].name, key=event.user_id.encode(), value=encode(event))
-    producer.flush(timeout=30)
 
 
 async def wait_until_ready(client: httpx.AsyncClient, num_items: int) -> None:

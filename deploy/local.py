@@ -23,13 +23,10 @@ from training.schedule import Schedule
 
 
 @contextmanager
-def local_system(
-    settings: Settings, tell: Callable[[str], None], schedule: Schedule | None = None
-) -> Iterator[Settings]:
+def local_system(settings: Settings, tell: Callable[[str], None]) -> Iterator[Settings]:
     """Yields the settings of a running system and stops everything it started, in reverse order.
 
     `tell` receives one line per stage, for a person to read. With `kafka.bootstrap_servers` set, that cluster is used.
-    With a schedule, rounds train beside it.
     """
     with ExitStack() as stack:
         # 1. Exporting model version 0 takes the longest: it runs beside the rest, in a process that may load torch.
@@ -59,18 +56,25 @@ def local_system(
         stack.callback(stop_serving)
         start_serving(settings)
         tell(f"Serving at http://{settings.gateway.host}:{settings.gateway.port}")
-        # 6. Training rounds, from another thread of this process.
-        if schedule is not None:
-            training = threading.Thread(
-                target=train_by_schedule,
-                args=(settings, schedule),
-                kwargs={"stop": stop, "ended": lambda record: tell(describe_round(record))},
-                name="training",
-            )
-            training.start()
-            stack.callback(training.join)
-            stack.callback(stop.set)
         yield settings
+
+
+@contextmanager
+def rounds_beside(settings: Settings, schedule: Schedule, tell: Callable[[str], None]) -> Iterator[None]:
+    """Runs training rounds by schedule, from another thread of this process, while the block lasts; tells of each."""
+    stop = threading.Event()
+    training = threading.Thread(
+        target=train_by_schedule,
+        args=(settings, schedule),
+        kwargs={"stop": stop, "ended": lambda record: tell(describe_round(record))},
+        name="training",
+    )
+    training.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        training.join()
 
 
 def describe_round(record: RoundRecord) -> str:

@@ -65,7 +65,16 @@ def arm_of(user_id: UserId) -> str:
 class Readers:
     """A population that visits at a steady rate. `rng` decides who comes when; the world decides what they do."""
 
-    def __init__(self, world: World, client: httpx.AsyncClient, send: SendEvent, *, count: int, seed: int) -> None:
+    def __init__(
+        self,
+        world: World,
+        client: httpx.AsyncClient,
+        send: SendEvent,
+        *,
+        count: int,
+        seed: int,
+        past: Sequence[Click] = (),
+    ) -> None:
         self.world = world
         self.tally = Tally()
         self._client = client
@@ -75,6 +84,19 @@ class Readers:
         self._known: set[UserId] = set()
         self._clicks: Counter[ItemId] = Counter()
         self._rng = np.random.default_rng(seed)
+        by_id = {reader.user_id: reader for reader in self._readers}
+        for click in past:  # what was popular before is so in every arm, and nobody reads a book twice
+            self._clicks[click.item_id] += 1
+            by_id[click.user_id].read.add(click.item_id)
+
+    def attainable_click_rate(self) -> float:
+        """Returns the best expected clicks per item shown, averaged over the readers as they begin."""
+        moment = Moment(hours=_FIRST_HOUR, device="desktop")
+        best = [
+            self.world.expected_clicks(reader, self.world.best_slate(reader, SLATE_SIZE, moment), moment) / SLATE_SIZE
+            for reader in self._readers
+        ]
+        return float(np.mean(best))
 
     async def live(self, duration_s: float, *, visits_per_s: float) -> None:
         """Returns after `duration_s` seconds of visits, when the last reader has left."""
@@ -211,12 +233,3 @@ def _stamp(user_id: UserId) -> dict[str, Any]:
 
 def _typed(stream: str, event: Click | Rating) -> bytes:
     return b'{"type":"' + stream.removesuffix("s").encode() + b'",' + encode(event)[1:]
-
-
-def expected_click_rates(world: World, readers: Sequence[Reader], moment: Moment) -> float:
-    """Returns the best attainable clicks per item shown, averaged over readers who have read nothing."""
-    best = [
-        world.expected_clicks(reader, world.best_slate(reader, SLATE_SIZE, moment), moment) / SLATE_SIZE
-        for reader in readers
-    ]
-    return float(np.mean(best))

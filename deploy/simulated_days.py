@@ -16,7 +16,7 @@ import numpy as np
 
 from deploy.informed import Informed
 from deploy.replayed import EncodesItems, Replayed, encode_all
-from services.bodies import Asked, Degraded, RecommendationRequest, RequestContext
+from services.bodies import Asked, RecommendationRequest, RequestContext
 from services.recommender import TextModel, recommend
 from tailrace.counters import HALF_LIVES_S
 from tailrace.events import Click, Impression, Rating, UserEvent, decode_event
@@ -44,8 +44,7 @@ class Habits:
     slate: int = 8
     late_item_share: float = 0.15  # of the catalogue appears only as the days go by
     late_over_days: int = 5
-    control_every: int = 4  # visits on which the first model ranks too: it costs as much as the one that serves
-    rung: Degraded = "none"  # where every answer is to come from
+    control_every: int = 4  # visits on which the first model ranks too, at the same cost; 0: never
 
 
 @dataclass
@@ -181,7 +180,7 @@ class Town:
         self._happen(impression)
         # 2. What each arm's slate is worth to this reader at this moment.
         slates = {"recommended": slate} | self._rules(reader, moment, now_ms)
-        if number % self._habits.control_every == 0:
+        if self._habits.control_every and number % self._habits.control_every == 0:
             slates["control"] = self._recommend(control, reader, moment, now_ms)[0]
             unread = [item_id for item_id in self._open if item_id not in reader.read]
             slates["informed"] = self._informed.slate(reader.user_id, moment, n, unread)
@@ -208,7 +207,7 @@ class Town:
             budget_s=_PATIENCE_S,
         )
         answer = recommend(asked, self.state.catalogue, model, self._settings.ranker, self._settings.slate)
-        assert answer.degraded == self._habits.rung, f"{model.version} answered from the rung {answer.degraded}"
+        assert answer.degraded == "none", f"{model.version} answered from the rung {answer.degraded}"
         impression = cast(Impression, decode_event("impressions", answer.impression))
         return [item.item_id for item in answer.items], impression
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from services.filters import Filters, fitting
 from tailrace.catalogue import Catalogue, Flags, Rows
 from tailrace.ids import ItemId
+from tailrace.items import TAG
 from tailrace.profile import Profile
 from tailrace.tastes import sum_worth
 
@@ -42,7 +43,8 @@ class PoolRequest:
     """What one request asks of the pool. Vectors are [D]; None where there is no such vector.
 
     `pulls` is what each topic adds to a click logit of this user (`tailrace.responses.topic_pulls`), and `tag_worth_V`
-    what a model has learned that tags add (`tailrace.tastes.TagWeights`): by bucket, of all tags there are.
+    what a model has learned that tags add (`tailrace.tastes.TagWeights`): by bucket, of all tags there are. Either is
+    divided by the root of how many tags, or entities, an item has.
     """
 
     profile: Profile
@@ -147,11 +149,13 @@ def of_interest(
     catalogue: Catalogue, pulls: Mapping[str, float], tag_worth_V: Vector | None, allowed_R: Flags, limit: int
 ) -> Rows:
     """Returns the allowed rows whose tags and entities draw the user most, best first; see `PoolRequest`."""
-    score_R = np.zeros(len(allowed_R), dtype=np.float64)
+    size = len(allowed_R)
+    pulled_R2 = np.zeros((size, 2))
     for topic, pull in pulls.items():
-        score_R[_below(catalogue.topic_rows(topic), len(score_R))] += pull
+        pulled_R2[_below(catalogue.topic_rows(topic), size), 0 if topic.startswith(TAG) else 1] += pull
+    score_R = (pulled_R2 / catalogue.topic_roots()[:size]).sum(1)
     if tag_worth_V is not None:
-        score_R += sum_worth(tag_worth_V, catalogue.tags()[: len(score_R)])
+        score_R[allowed_R] += sum_worth(tag_worth_V, catalogue.tags()[:size][allowed_R])
     return _top(score_R, allowed_R & (score_R > 0), limit)
 
 

@@ -239,7 +239,7 @@ def _load_tag_weights(bundle: Bundle, card: RankerCard) -> TagWeights:
         found = TagWeights(weights["taste_weights"], weights["tag_weights"])
     except (OSError, SafetensorError, KeyError) as error:
         raise BundleError(f"{path}: {error}") from error
-    if card.tag_buckets != BUCKETS or found.pairs_VV.shape != (BUCKETS, BUCKETS):
+    if (card.tag_buckets, found.pairs_VV.shape, found.single_V.shape) != (BUCKETS, (BUCKETS, BUCKETS), (BUCKETS,)):
         raise BundleError(f"{path}: {card.tag_buckets} buckets of tags, where this program makes {BUCKETS}")
     return found
 

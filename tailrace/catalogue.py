@@ -186,6 +186,11 @@ class Catalogue:
         with self._lock:
             return self._index.rows(key)
 
+    def topic_roots(self) -> Floats:
+        """Returns float32 [R,2]: the root of how many tags and how many entities every row has, 1 for none."""
+        with self._lock:
+            return self._index.roots()
+
     def tags(self) -> TagBuckets:
         """Returns int16 [R,K]: the tags of every row by bucket, as a ranker takes them (`tailrace.tastes`)."""
         with self._lock:

@@ -3,6 +3,7 @@
 An error Tailrace raises on purpose is one line on stderr and exit code 1; Ctrl-C is exit code 130.
 """
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -154,11 +155,14 @@ def serve(session: Session, address: str | None) -> None:
 @click.pass_obj
 def up(session: Session, train_every: str | None) -> None:
     """Run everything on this machine until Ctrl-C: Kafka unless one is named, Ray, stream workers, services."""
-    from deploy.local import local_system
+    from deploy.local import local_system, rounds_beside
 
     schedule = None if train_every is None else read_schedule(train_every, None)
-    with local_system(session.settings, click.echo, schedule), stop_on_signals() as stop:
-        stop.wait()
+    with ExitStack() as stack:
+        running = stack.enter_context(local_system(session.settings, click.echo))
+        if schedule is not None:
+            stack.enter_context(rounds_beside(running, schedule, click.echo))
+        stack.enter_context(stop_on_signals()).wait()
     click.echo("stopped")
 
 

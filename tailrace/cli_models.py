@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from tailrace.cli_session import Session, as_json
-from tailrace.errors import BrokerUnavailable, BundleError
+from tailrace.errors import BrokerUnavailable, BundleError, Pinned
 from tailrace.events import ModelAnnouncement
 from tailrace.ids import ModelVersion
 from tailrace.model_card import takes_our_input
@@ -107,7 +107,10 @@ def init_models(session: Session) -> None:
         if takes_our_input(registry.manifest(pointer.champion).model):
             click.echo(f"{pointer.champion} serves already")
             return
-        click.echo(f"{pointer.champion} was made for other features or text than this program makes: starting anew")
+        outdated = f"{pointer.champion} was made for other features or text than this program makes"
+        if pointer.pinned:
+            raise Pinned(f"{outdated}, but is pinned: `tailrace models unpin` lets a new version 0 take its place")
+        click.echo(f"{outdated}: starting anew")
     from tailrace.features import FEATURE_NAMES, PRIOR_WEIGHTS
     from training.export import build_version_zero
 
@@ -125,8 +128,8 @@ def init_models(session: Session) -> None:
             max_item_tokens=settings.registry.max_item_tokens,
         )
         registry.publish(Path(temporary), version=version)
-    registry.promote(version)
-    # Not announced: nobody serves yet, and whoever starts to serve reads the pointer.
+    registry.promote(version, generation=None if pointer is None else pointer.generation)
+    # Not announced, so that no Kafka is needed: who starts to serve reads the pointer, who serves looks at it often.
     click.echo(f"{version} published and promoted ({built.size_bytes / 1e6:.0f} MB, {built.took_s:.0f} s)")
 
 

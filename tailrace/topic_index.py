@@ -36,11 +36,13 @@ class TopicIndex:
         self._rows: dict[str, set[int]] = {}
         self._arrays: dict[str, NDArray[np.int64]] = {}  # made when first asked for
         self._tags: TagBuckets = np.full((_FIRST_ROWS, MOST_TAGS), NO_TAG, dtype=np.int16)
+        self._roots: NDArray[np.float32] = np.ones((_FIRST_ROWS, 2), dtype=np.float32)
 
     def add_row(self) -> None:
         """Adds a free row at the end."""
         if len(self._topics) == len(self._tags):
             self._tags = np.concatenate([self._tags, np.full_like(self._tags, NO_TAG)])
+            self._roots = np.concatenate([self._roots, np.ones_like(self._roots)])
         self._topics.append(Topics())
 
     def put(self, row: int, item: Item) -> None:
@@ -52,6 +54,7 @@ class TopicIndex:
             entities=tuple(key for key in keys if not key.startswith(TAG)),
         )
         self._tags[row] = bucket_tags([tags_of(item)])[0]
+        self._roots[row] = [max(len(keys), 1) ** 0.5 for keys in self._topics[row]]
         for key in keys:
             self._rows.setdefault(key, set()).add(row)
             self._arrays.pop(key, None)
@@ -79,6 +82,10 @@ class TopicIndex:
             if key in self._rows:
                 self._arrays[key] = held
         return held
+
+    def roots(self) -> NDArray[np.float32]:
+        """Returns float32 [R,2], a copy: the root of how many tags and how many entities every row has, 1 for none."""
+        return self._roots[: len(self._topics)].copy()
 
     def tags(self) -> TagBuckets:
         """Returns int16 [R,K], a copy: the tags of every row by bucket, NO_TAG where there is none."""

@@ -221,6 +221,7 @@ def _halve(graph: onnx.ModelProto, kept: Sequence[str]) -> onnx.ModelProto:
         if _casts_to(node, TensorProto.FLOAT) and node.input[0] in narrowed:
             node.input[0] = narrowed[node.input[0]]
         if node.output[0] in made:
+            assert _casts_to(node, TensorProto.FLOAT), f"{node.op_type} makes {node.output[0]} a second time"
             repeated.append(place)
         made.update(node.output)
     for place in reversed(repeated):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from msgspec.structs import replace
 
@@ -11,7 +12,7 @@ from deploy.lab import run_lab
 from deploy.simulated_days import DAY_MS, Habits
 from services.loaded_model import LoadedModel
 from tailrace.events import Click, Impression, Rating
-from tailrace.features import FEATURE_NAMES, PRIOR_WEIGHTS
+from tailrace.features import FEATURE_NAMES, PRIOR_WEIGHTS, decode_features, prior_scores
 from tailrace.ids import ModelVersion
 from tailrace.settings import Settings, load_settings
 from training.export import build_version_zero
@@ -73,12 +74,16 @@ def test_past_ends_now_and_quotes_the_requests_that_it_answers(settings: Setting
         progress=lambda number, total: done.append(number),
     )
     times = [event.at_ms for _, event in events]
-    assert times == sorted(times) and times[0] >= NOW_MS - 2 * DAY_MS and times[-1] < NOW_MS + DAY_MS
+    assert times == sorted(times) and NOW_MS - 2 * DAY_MS <= times[0] < NOW_MS - 1.5 * DAY_MS
+    assert NOW_MS - DAY_MS // 2 < times[-1] <= NOW_MS
     assert done == list(range(1, 51))
     shown = {}
     for stream, event in events:
         if isinstance(event, Impression):
-            assert (stream, event.degraded, event.model_version) == ("impressions", "no_text", version)
+            assert (stream, event.degraded, event.model_version) == ("impressions", "none", version)
+            scores = [one.score for one in event.shown]
+            features_NF = np.stack([decode_features(one.features) for one in event.shown])
+            assert scores == pytest.approx(prior_scores(features_NF).tolist(), abs=1e-3)
             shown[event.request_id] = [one.item_id for one in event.shown]
         else:
             assert isinstance(event, Click | Rating) and event.request_id is not None and event.position is not None

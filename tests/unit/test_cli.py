@@ -241,6 +241,9 @@ def test_models_init_replaces_a_champion_made_for_other_features(settings_file: 
     registry = Registry(str(tmp_path / "data" / "registry"))
     registry.publish(source, version=ModelVersion("v1"))
     registry.promote(ModelVersion("v1"))
+    registry.pin(ModelVersion("v1"))
+    said_no(run("models", "init", settings=settings_file), "v1", "is pinned", "models unpin")
+    registry.unpin()
     assert "starting anew" in run("models", "init", settings=settings_file).stdout
     pointer = registry.pointer()
     assert pointer is not None and pointer.champion != "v1" and pointer.history == ["v1"]

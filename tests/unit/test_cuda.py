@@ -20,8 +20,10 @@ from tailrace.ids import ModelVersion
 from tailrace.settings import TrainingSettings, load_settings
 from tailrace.tastes import make_tastes
 from tests.bench.training import make_example
-from training.export import build_version_zero, export_bundle, load_ranker
+from training.bert import PACKAGED, load_base
+from training.export import export_bundle, load_ranker
 from training.fine_tune import FineTuned, fine_tune
+from training.model import SplitRanker
 from training.parity import TOLERANCES, made_up_texts
 
 pytestmark = pytest.mark.skipif(
@@ -34,15 +36,14 @@ FP16 = TOLERANCES["fp16"]
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Version 0 as it serves, and in fp32 to compare with."""
+    """A ranker whose head listens to texts and tastes, as it serves, and in fp32 to compare with."""
+    bert, tokenizer = load_base(PACKAGED)
+    torch.manual_seed(0)
+    ranker = SplitRanker(bert, feature_names=FEATURE_NAMES, prior=PRIOR_WEIGHTS)
+    for weight in (ranker.head.outer.weight, ranker.head.match_gain, ranker.head.taste_weights):
+        torch.nn.init.normal_(weight, std=0.3)
     directory = tmp_path_factory.mktemp("cuda") / "v0"
-    build_version_zero(
-        directory,
-        version=ModelVersion("v0"),
-        feature_names=FEATURE_NAMES,
-        prior=PRIOR_WEIGHTS,
-        precisions=("fp16", "fp32"),
-    )
+    export_bundle(ranker, tokenizer, directory, version=ModelVersion("v0"), precisions=("fp16", "fp32"))
     return directory
 
 
@@ -57,6 +58,7 @@ def test_fp16_on_the_gpu_scores_as_fp32_on_the_cpu_does(bundle: Path) -> None:
     exact = Scorer.load(bundle, precision="fp32")
     on_gpu = Scorer.load(bundle, precision="fp16", provider="cuda")
     numbers = random_numbers(len(ITEMS))
+    by_user = []
     for user in USERS:
         found = []
         for scorer in (exact, on_gpu):
@@ -68,6 +70,8 @@ def test_fp16_on_the_gpu_scores_as_fp32_on_the_cpu_does(bundle: Path) -> None:
         assert np.abs(own_users.vectors_BD - users.vectors_BD).max() < FP16.vectors_max
         assert np.abs(own_clicks - clicks).max() / scale < FP16.logits_max
         assert np.abs(own_ratings - ratings).max() < FP16.ratings_max
+        by_user.append(own_clicks)
+    assert np.ptp(by_user, axis=0).max() > 2 * FP16.logits_max  # who asks matters, so what was compared is the model
 
 
 def test_process_without_torch_serves_on_the_gpu(bundle: Path) -> None:
@@ -104,6 +108,7 @@ def test_model_on_the_gpu_answers_callers_at_once_as_it_answers_each_alone(bundl
         together = list(pool.map(partial(ask, models[1]), range(64)))
     for model in models:
         model.retire()
+    assert np.ptp([scores[0] for scores in alone]) > 2 * FP16.logits_max
     for own, other in zip(alone, together, strict=True):
         assert np.abs(own - other).max() < FP16.logits_max * max(float(own.std()), 1.0)
 
