@@ -38,7 +38,8 @@ def facts(tally: Tally, lag: int, ceiling: float) -> list[tuple[str, str]]:
         (
             f"· by model {version}",
             f"{100 * tally.clicked_by[version] / tally.shown_by[version]:.2f} %  "
-            f"({tally.clicked_by[version]:,} of {tally.shown_by[version]:,})",
+            f"({tally.clicked_by[version]:,} of {tally.shown_by[version]:,}), "
+            f"{100 * tally.expected_by[version] / tally.shown_by[version]:.2f} % expected",
         )
         for version in versions
     ]

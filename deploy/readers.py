@@ -7,7 +7,7 @@ here, so that the three see the same world at the same time. The world decides w
 import asyncio
 import time
 import uuid
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -46,6 +46,7 @@ class Tally:
     degraded: Counter[str] = field(default_factory=Counter)
     shown_by: Counter[str] = field(default_factory=Counter)  # by model version, the oldest first
     clicked_by: Counter[str] = field(default_factory=Counter)
+    expected_by: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # clicks, without their luck
     request_ms: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
     visible_ms: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
     last_answer: dict[str, Any] = field(default_factory=dict)
@@ -120,6 +121,7 @@ class Readers:
             return
         self.tally.shown[arm] += len(slate)
         self.tally.shown_by[version] += len(slate)
+        self.tally.expected_by[version] += self.world.expected_clicks(reader, slate, moment)
         # 3. The reader reacts; half of the readers' apps speak HTTP, the other half Kafka.
         over_http = bool(rng.random() < 0.5)
         elapsed = 0.0

@@ -15,7 +15,7 @@ from training.item_moves import ItemMove, item_moves
 from training.popularity import count_popularity
 from training.rescoring import BundleScorer, Floats, encode_texts, latency_ratio, score_examples
 
-_CALIBRATED = 500  # examples, the newest of those given: enough for the two numbers of a calibration
+_CALIBRATED = 300  # examples, the newest of those given: enough for the two numbers of a calibration
 _TIMED = 40  # examples on which the two are timed against each other
 
 Progress = Callable[[str, int, int], None]  # what is under way, done, in all
