@@ -15,14 +15,13 @@ from services.loaded_model import LoadedModel
 from services.scorer import EncodedUsers
 from tailrace.cosines import Floats
 from tailrace.events import UserEvent
-from tailrace.features import prior_scores
+from tailrace.features import NEUTRAL_RATING, prior_scores
 from tailrace.items import Item
 from tailrace.settings import Settings
 from tailrace.tastes import Tastes
 
 DAYS = 2
 _CANDIDATES = 80  # enough for slates of eight and their log; 200 would take twice as long
-_NEUTRAL_RATING = 3.0
 
 
 class Untrained:
@@ -37,7 +36,7 @@ class Untrained:
         self, user: EncodedUsers, items: EncodedItems, features_NF: Floats, tastes: Tastes, deadline: float
     ) -> tuple[Floats, Floats]:
         """Returns the prior's scores [N], and ratings [N] that change no order."""
-        return prior_scores(features_NF), np.full(len(features_NF), _NEUTRAL_RATING, dtype=np.float32)
+        return prior_scores(features_NF), np.full(len(features_NF), NEUTRAL_RATING, dtype=np.float32)
 
 
 def live_past(

@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-
 from services.encodings import EncodedItems
 from services.loaded_model import LoadedModel
 from services.scorer import EncodedUsers
@@ -21,7 +19,7 @@ from tailrace.catalogue import Catalogue, Rows
 from tailrace.cosines import Floats, history_items, make_cosines
 from tailrace.counters import CounterTable, item_stats
 from tailrace.events import UserEvent, encode
-from tailrace.features import compute_features
+from tailrace.features import compute_features, utilities
 from tailrace.fold import fold_event
 from tailrace.ids import ItemId, UserId
 from tailrace.items import Item
@@ -113,5 +111,4 @@ def score(model: LoadedModel, asked: Asked, rating_weight: float) -> Floats:
     """Returns float32 [N]: the utilities that order a slate, from the model's graphs."""
     deadline = time.monotonic() + _PATIENCE_S
     clicks_N, ratings_N = model.score(asked.user, asked.items, asked.features_NF, asked.tastes, deadline)
-    utilities_N: Floats = clicks_N + np.float32(rating_weight) * (ratings_N - 3.0)
-    return utilities_N
+    return utilities(clicks_N, ratings_N, rating_weight)

@@ -28,6 +28,7 @@ from tailrace.features import (
     compute_features,
     encode_features,
     prior_scores,
+    utilities,
 )
 from tailrace.ids import EventId, ItemId, ModelVersion
 from tailrace.items import Item
@@ -39,7 +40,6 @@ from tailrace.text import now_interests, render_user
 
 # The share of a request's time that the text model may use; the rest is enough to answer without it.
 _TEXT_SHARE = 0.8
-_NEUTRAL_RATING = 3.0
 
 # What the text half may fail of while the answer goes on without it.
 OPTIONAL_FAILURES = (TooLate, Overloaded, ScoringError)
@@ -250,7 +250,7 @@ def _score(
     if user is not None:
         try:
             clicks_N, ratings_N = model.score(user, items, features_NF, tastes, deadline)
-            return clicks_N + rating_weight * (ratings_N - _NEUTRAL_RATING), "none"
+            return utilities(clicks_N, ratings_N, rating_weight), "none"
         except OPTIONAL_FAILURES:
             pass  # the caller is told by the rung, and the rungs are counted
     return prior_scores(features_NF), "no_text"

@@ -26,6 +26,7 @@ from tailrace.text import TEXT_VERSION, is_mobile, local_time, now_interests
 Column = NDArray[np.floating] | float
 
 FEATURE_VERSION = 3
+NEUTRAL_RATING = 3.0  # a predicted rating in the middle moves nothing
 HALF_LIFE_NAMES = ("15m", "1h", "6h", "24h", "7d")
 HEAT_KINDS = ("users", "rated_up")
 HEAT_FLOOR = 0.05  # heat is log(1 + sum / floor): tells a faint trace from none at all, where log1p sees only zeros
@@ -153,6 +154,12 @@ def compute_features(
 def prior_scores(features_NF: Floats) -> Floats:
     """Returns float32 [N]: what version 0 of the model scores, without a model. Also the lowest rung that ranks."""
     result: Floats = features_NF @ _PRIOR_F
+    return result
+
+
+def utilities(clicks_N: Floats, ratings_N: Floats, rating_weight: float) -> Floats:
+    """Returns float32 [N]: what orders a slate, from click logits and predicted ratings (1 to 5)."""
+    result: Floats = clicks_N + rating_weight * (ratings_N - NEUTRAL_RATING)
     return result
 
 

@@ -16,13 +16,13 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from tailrace.features import utilities
 from training.examples import Example
 
 Floats = NDArray[np.float32]
 Progress = Callable[[str, int, int], None]  # what is under way, done, in all
 
 _TEXTS_PER_STEP = 128
-_NEUTRAL_RATING = 3.0  # as `services.recommender` has it: the middle of 1 to 5
 
 
 class BundleScorer(Protocol):
@@ -151,5 +151,4 @@ def _score_one(
         example.tastes.user_V[None],
         example.tastes.tags_NK[among][None],
     )
-    utility: Floats = clicks_BN[0] + rating_weight * (ratings_BN[0] - _NEUTRAL_RATING)
-    return utility.astype(np.float32)
+    return utilities(clicks_BN[0], ratings_BN[0], rating_weight).astype(np.float32)
