@@ -8,7 +8,7 @@ from rich.console import Console, Group
 from rich.panel import Panel
 from rich.table import Table
 
-from deploy.readers import ARMS, Tally
+from deploy.readers import ARMS, STRETCH_S, Tally, Worth
 
 
 def percentiles(samples: Sequence[float]) -> str:
@@ -29,24 +29,21 @@ def facts(tally: Tally, lag: int, ceiling: float) -> list[tuple[str, str]]:
         ("request p50 / p99", percentiles(tally.request_ms)),
         ("click to visible p50 / p99", percentiles(tally.visible_ms)),
     ]
-    rows += [
-        (f"click rate, {arm}", f"{100 * tally.click_rate(arm):.2f} %  ({tally.clicked[arm]:,} of {tally.shown[arm]:,})")
-        for arm in ARMS
-    ]
-    versions = [version for version in tally.shown_by if version not in ARMS]
-    rows += [
-        (
-            f"· by model {version}",
-            f"{100 * tally.clicked_by[version] / tally.shown_by[version]:.2f} %  "
-            f"({tally.clicked_by[version]:,} of {tally.shown_by[version]:,}), "
-            f"{100 * tally.expected_by[version] / tally.shown_by[version]:.2f} % expected",
-        )
-        for version in versions
-    ]
+    rows += [(f"click rate, {arm}", _rate(tally.by_arm[arm])) for arm in ARMS]
+    rows += [(f"· by model {version}", describe(worth)) for version, worth in tally.by_version.items()]
     rows.append(("best attainable at the start", f"{100 * ceiling:.2f} %"))
     degraded = {rung: count for rung, count in tally.degraded.items() if rung != "none"}
     rows.append(("degraded answers", ", ".join(f"{count} {rung}" for rung, count in degraded.items()) or "none"))
     return rows
+
+
+def describe(worth: Worth) -> str:
+    """Returns what slates came to in one line: clicks, and what the world expects of them."""
+    return f"{_rate(worth)}, {100 * worth.expected_rate:.2f} % expected: {100 * worth.attained:.0f} % of the best"
+
+
+def _rate(worth: Worth) -> str:
+    return f"{100 * worth.click_rate:.2f} %  ({worth.clicked:,} of {worth.shown:,})"
 
 
 def live_panel(tally: Tally, lag: int, ceiling: float, remaining_s: float) -> Panel:
@@ -64,10 +61,22 @@ def live_panel(tally: Tally, lag: int, ceiling: float, remaining_s: float) -> Pa
 
 
 def print_summary(console: Console, tally: Tally, lag: int, ceiling: float) -> None:
-    """Prints the figures of the whole run as a table."""
+    """Prints the figures of the whole run as a table, and how the slates did as time went by."""
     table = Table(title="What happened", title_justify="left")
     table.add_column("measure")
     table.add_column("figure", justify="right")
     for name, figure in facts(tally, lag, ceiling):
         table.add_row(name, figure)
     console.print(table)
+    stretches = Table(title="Personalised slates as time went by", title_justify="left")
+    for column in ("from", "to", "clicked", "expected by the world", "of the best slates"):
+        stretches.add_column(column, justify="right")
+    for stretch, worth in sorted(tally.by_stretch.items()):
+        stretches.add_row(
+            f"{stretch * STRETCH_S} s",
+            f"{(stretch + 1) * STRETCH_S} s",
+            f"{100 * worth.click_rate:.2f} %",
+            f"{100 * worth.expected_rate:.2f} %",
+            f"{100 * worth.attained:.0f} %",
+        )
+    console.print(stretches)

@@ -29,31 +29,62 @@ _WINDOW = 2000
 _FIRST_HOUR = 24 * DAYS + 12  # of the world: noon after the readers' past
 _WORLD_SECONDS_PER_SECOND = 60.0  # a minute of the demo is an hour of the readers' lives
 
+STRETCH_S = 30  # what readers made of it is told by stretches of so many seconds
+
 # Puts one event on its topic: (topic role, key, value).
 SendEvent = Callable[[str, str, bytes], None]
 
 
 @dataclass
+class Worth:
+    """What some slates came to, and what the world says they were worth: `expected` clicks are free of luck.
+
+    `attainable` are those of the best slates that the very same readers could have been shown then.
+    """
+
+    shown: int = 0
+    clicked: int = 0
+    expected: float = 0.0
+    attainable: float = 0.0
+
+    @property
+    def click_rate(self) -> float:
+        """Clicks per item shown; 0 before anything was shown."""
+        return self.clicked / max(self.shown, 1)
+
+    @property
+    def expected_rate(self) -> float:
+        """Expected clicks per item shown; 0 before anything was shown."""
+        return self.expected / max(self.shown, 1)
+
+    @property
+    def attained(self) -> float:
+        """The part of the attainable clicks that is expected, 0 to 1: the same scale for any readers and any hour."""
+        return self.expected / self.attainable if self.attainable else 0.0
+
+
+@dataclass
 class Tally:
-    """What the readers saw, so far."""
+    """What the readers saw, so far. Versions stand in the order they came, stretches are of personalised slates."""
 
     started: float = field(default_factory=time.monotonic)
-    shown: Counter[str] = field(default_factory=Counter)
-    clicked: Counter[str] = field(default_factory=Counter)
+    by_arm: defaultdict[str, Worth] = field(default_factory=lambda: defaultdict(Worth))
+    by_version: defaultdict[str, Worth] = field(default_factory=lambda: defaultdict(Worth))
+    by_stretch: defaultdict[int, Worth] = field(default_factory=lambda: defaultdict(Worth))
     events: int = 0
     answers: int = 0
     failed: int = 0
     degraded: Counter[str] = field(default_factory=Counter)
-    shown_by: Counter[str] = field(default_factory=Counter)  # by model version, the oldest first
-    clicked_by: Counter[str] = field(default_factory=Counter)
-    expected_by: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # clicks, without their luck
     request_ms: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
     visible_ms: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
     last_answer: dict[str, Any] = field(default_factory=dict)
 
-    def click_rate(self, arm: str) -> float:
-        """Clicks per item shown in one arm; 0 before anything was shown."""
-        return self.clicked[arm] / max(self.shown[arm], 1)
+    def where(self, arm: str, version: str | None) -> list[Worth]:
+        """Returns all that a slate shown now counts in; `version` made it, where Tailrace did."""
+        if version is None:
+            return [self.by_arm[arm]]
+        stretch = int((time.monotonic() - self.started) // STRETCH_S)
+        return [self.by_arm[arm], self.by_version[version], self.by_stretch[stretch]]
 
 
 def arm_of(user_id: UserId) -> str:
@@ -119,17 +150,21 @@ class Readers:
         slate, request_id, version = await self._slate(arm, reader, rng)
         if not slate:
             return
-        self.tally.shown[arm] += len(slate)
-        self.tally.shown_by[version] += len(slate)
-        self.tally.expected_by[version] += self.world.expected_clicks(reader, slate, moment)
+        counted_in = self.tally.where(arm, version)
+        expected = self.world.expected_clicks(reader, slate, moment)
+        best = self.world.expected_clicks(reader, self.world.best_slate(reader, len(slate), moment), moment)
+        for worth in counted_in:
+            worth.shown += len(slate)
+            worth.expected += expected
+            worth.attainable += best
         # 3. The reader reacts; half of the readers' apps speak HTTP, the other half Kafka.
         over_http = bool(rng.random() < 0.5)
         elapsed = 0.0
         for reaction in self.world.react(reader, slate, moment, rng):
             await asyncio.sleep(min(reaction.delay_s - elapsed, 2.0) if reaction.delay_s > elapsed else 0.0)
             elapsed = reaction.delay_s
-            self.tally.clicked[arm] += reaction.action == "click"
-            self.tally.clicked_by[version] += reaction.action == "click"
+            for worth in counted_in:
+                worth.clicked += reaction.action == "click"
             self._clicks[reaction.item_id] += reaction.action == "click"
             await self._act(reader.user_id, reaction, request_id, over_http=over_http)
 
@@ -145,17 +180,17 @@ class Readers:
 
     async def _slate(
         self, arm: str, reader: Reader, rng: np.random.Generator
-    ) -> tuple[list[ItemId], RequestId | None, str]:
+    ) -> tuple[list[ItemId], RequestId | None, str | None]:
         """Returns the slate, and where Tailrace made it the request and the version of the model."""
         unread = [item_id for item_id in self.world.item_ids if item_id not in reader.read]
         if arm == "random":
-            return [unread[row] for row in rng.permutation(len(unread))[:SLATE_SIZE]], None, arm
+            return [unread[row] for row in rng.permutation(len(unread))[:SLATE_SIZE]], None, None
         if arm == "popular":
-            return sorted(unread, key=lambda item_id: -self._clicks[item_id])[:SLATE_SIZE], None, arm
+            return sorted(unread, key=lambda item_id: -self._clicks[item_id])[:SLATE_SIZE], None, None
         started = time.monotonic()
         answer = await self._post("/v1/recommendations", {"user_id": reader.user_id, "n": SLATE_SIZE, "explain": True})
         if answer is None:
-            return [], None, arm
+            return [], None, None
         self.tally.request_ms.append((time.monotonic() - started) * 1000)
         self.tally.answers += 1
         self.tally.degraded[answer["degraded"]] += 1

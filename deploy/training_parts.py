@@ -6,6 +6,7 @@ from pathlib import Path
 
 import structlog
 
+from services.parts import Parts
 from services.scorer import Scorer
 from tailrace.errors import BrokerUnavailable
 from tailrace.events import ModelAnnouncement
@@ -38,12 +39,19 @@ class KafkaLog:
 
 
 def open_scorer(settings: Settings) -> Callable[[Path], BundleScorer]:
-    """Returns what opens a bundle as serving would: at the precision, on the device, with the threads that serve."""
-    ranker = settings.ranker
+    """Returns what opens a bundle as serving would: at the precision, on the device, with the threads that serve.
+
+    What two bundles have in common is opened once.
+    """
+    ranker, parts = settings.ranker, Parts()
 
     def open_bundle(folder: Path) -> BundleScorer:
         return Scorer.load(
-            folder, precision=ranker.served_precision, provider=ranker.device, intra_op_threads=ranker.intra_op_threads
+            folder,
+            parts,
+            precision=ranker.served_precision,
+            provider=ranker.device,
+            intra_op_threads=ranker.intra_op_threads,
         )
 
     return open_bundle

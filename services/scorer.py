@@ -5,7 +5,7 @@ the split, h heads, d head size, U user tokens, V buckets of tags, K tags of an 
 threads: sessions and tokenizers are fixed once loaded.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
@@ -75,12 +75,18 @@ class Scorer:
 
     @classmethod
     def load(
-        cls, directory: Path, *, precision: Precision = "int8", provider: Provider = "cpu", intra_op_threads: int = 1
+        cls,
+        directory: Path,
+        parts: Parts | None = None,
+        *,
+        precision: Precision = "int8",
+        provider: Provider = "cpu",
+        intra_op_threads: int = 1,
     ) -> Self:
         """Returns the scorer of a bundle's folder, whose checksums the caller has verified: see `open`."""
         return cls.open(
             LooseBundle(directory),
-            Parts(),
+            parts or Parts(),
             at_once,
             precision=precision,
             provider=provider,
@@ -126,6 +132,11 @@ class Scorer:
         tokenizers = (tokenizer(card.max_user_tokens), tokenizer(card.max_item_tokens))
         sessions = tuple(session(graph) for graph in ("user_encoder", "item_encoder", "scorer"))
         return cls(card, tokenizers, sessions, _load_tag_weights(bundle, card), provider)
+
+    @property
+    def encoders(self) -> tuple[Hashable, Hashable]:
+        """What encodes users, and what encodes items: equal where two versions were opened from the same `Parts`."""
+        return (self._user_tokenizer, self._user_encoder), (self._item_tokenizer, self._item_encoder)
 
     def encode_users(self, texts: Sequence[str]) -> EncodedUsers:
         """Returns what scoring needs of the users with these texts, padded to the longest of them; at least one."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
@@ -13,7 +12,7 @@ from training.examination import fit_examination
 from training.examples import Example
 from training.item_moves import ItemMove, item_moves
 from training.popularity import count_popularity
-from training.rescoring import BundleScorer, Floats, encode_texts, latency_ratio, score_examples
+from training.rescoring import BundleScorer, Floats, encode_texts, latency_ratio, score_beside
 
 _CALIBRATED = 300  # examples, the newest of those given: enough for the two numbers of a calibration
 _TIMED = 40  # examples on which the two are timed against each other
@@ -49,37 +48,38 @@ def compare(
     popularity = count_popularity(learned)
     examination_K = fit_examination([*learned, *holdout], max(example.num_shown for example in holdout))
     calibrate_on, threads = calibrate_on[-_CALIBRATED:], settings.training.threads
-    told = [*calibrate_on, *holdout]
-    tables = [encode_texts(scorer, told, progress, threads=threads) for scorer in (champion, challenger)]
-    found, scores_by_model = [], []
-    for name, scorer, table in zip(("champion", "challenger"), (champion, challenger), tables, strict=True):
-
-        def tell(step: str, done: int, total: int, name: str = name) -> None:
-            progress(f"{step}: {name}", done, total)
-
-        weight = settings.slate.rating_weight
-        rescore = partial(score_examples, scorer, rating_weight=weight, items=table, progress=tell, threads=threads)
-        before, scores = rescore(calibrate_on), rescore(holdout)
-        scores_by_model.append(scores)
-        found.append(
-            evaluate(
-                holdout,
-                scores,
-                popularity=popularity,
-                items=tables[0],
-                platt=_calibrate(calibrate_on, before),
-                examination_K=examination_K,
-                seed=settings.training.seed,
-                bootstrap=settings.gate.bootstrap,
-            )
+    told, models = [*calibrate_on, *holdout], (champion, challenger)
+    tables = [encode_texts(champion, told, progress, threads=threads)]
+    alike = champion.encoders[1] == challenger.encoders[1]
+    tables.append(tables[0] if alike else encode_texts(challenger, told, progress, threads=threads))
+    scores_by_model = score_beside(
+        list(zip(models, tables, strict=True)),
+        told,
+        rating_weight=settings.slate.rating_weight,
+        progress=progress,
+        threads=threads,
+    )
+    found = [
+        evaluate(
+            holdout,
+            scores[len(calibrate_on) :],
+            popularity=popularity,
+            items=tables[0],
+            platt=_calibrate(calibrate_on, scores[: len(calibrate_on)]),
+            examination_K=examination_K,
+            seed=settings.training.seed,
+            bootstrap=settings.gate.bootstrap,
         )
+        for scores in scores_by_model
+    ]
     ratio = latency_ratio(
         (champion, tables[0]),
         (challenger, tables[1]),
         holdout[:_TIMED],
         num_candidates=settings.ranker.num_candidates,
     )
-    return Contest(found[0], found[1], ratio, item_moves(holdout, *scores_by_model))
+    moves = item_moves(holdout, *(scores[len(calibrate_on) :] for scores in scores_by_model))
+    return Contest(found[0], found[1], ratio, moves)
 
 
 def _calibrate(examples: Sequence[Example], scores: Sequence[Floats]) -> Platt:

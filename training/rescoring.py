@@ -8,7 +8,7 @@ Shapes: N candidates, F features, M distinct item texts, T states per item, H hi
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -27,6 +27,10 @@ _TEXTS_PER_STEP = 128
 
 class BundleScorer(Protocol):
     """What `services.scorer.Scorer` is: one version of the ranker at the precision that would serve."""
+
+    @property
+    def encoders(self) -> tuple[Hashable, Hashable]:
+        """What encodes users, and what encodes items: equal where two versions encode alike."""
 
     def encode_users(self, texts: Sequence[str]) -> Any:
         """Returns what scoring needs of the users with these texts."""
@@ -96,17 +100,38 @@ def score_examples(
     scored at a time, each as it would be alone.
     """
     table = encode_texts(scorer, examples, progress, threads=threads) if items is None else items
+    return score_beside([(scorer, table)], examples, rating_weight=rating_weight, progress=progress, threads=threads)[0]
 
-    def score(example: Example) -> Floats:
-        return _score_one(scorer, table, example, np.arange(len(example.texts)), rating_weight)
 
-    scores: list[Floats] = []
+def score_beside(
+    models: Sequence[tuple[BundleScorer, ItemTable]],
+    examples: Sequence[Example],
+    *,
+    rating_weight: float,
+    progress: Progress | None = None,
+    threads: int = 1,
+) -> list[list[Floats]]:
+    """Returns by model what `score_examples` returns; users are encoded once for models that encode them alike."""
+    first_alike = [
+        next(index for index, (other, _) in enumerate(models) if other.encoders[0] == scorer.encoders[0])
+        for scorer, _ in models
+    ]
+
+    def score(example: Example) -> list[Floats]:
+        users = {index: models[index][0].encode_users([example.user_text]) for index in set(first_alike)}
+        among = np.arange(len(example.texts))
+        return [
+            _score_one(scorer, table, example, users[alike], among, rating_weight)
+            for (scorer, table), alike in zip(models, first_alike, strict=True)
+        ]
+
+    found: list[list[Floats]] = []
     with ThreadPoolExecutor(threads) as pool:
-        for found in pool.map(score, examples):
-            scores.append(found)
+        for of_models in pool.map(score, examples):
+            found.append(of_models)
             if progress is not None:
-                progress("score", len(scores), len(examples))
-    return scores
+                progress("score", len(found), len(examples))
+    return [[of_models[index] for of_models in found] for index in range(len(models))]
 
 
 def latency_ratio(
@@ -130,7 +155,8 @@ def latency_ratio(
         # Each goes first every other time, so neither always finds the caches warm.
         for scorer, table in (champion, challenger) if number % 2 else (challenger, champion):
             started = clock()
-            _score_one(scorer, table, example, np.resize(np.arange(len(example.texts)), num_candidates), 0.0)
+            users = scorer.encode_users([example.user_text])
+            _score_one(scorer, table, example, users, np.resize(np.arange(len(example.texts)), num_candidates), 0.0)
             took_s.append(clock() - started)
         first, second = took_s
         ratios.append(second / first if number % 2 else first / second)
@@ -138,13 +164,18 @@ def latency_ratio(
 
 
 def _score_one(
-    scorer: BundleScorer, table: ItemTable, example: Example, among: NDArray[np.int64], rating_weight: float
+    scorer: BundleScorer,
+    table: ItemTable,
+    example: Example,
+    users: Any,
+    among: NDArray[np.int64],
+    rating_weight: float,
 ) -> Floats:
     if not example.texts:
         return np.zeros(0, np.float32)
     rows = table.rows(example.texts)[among]
     clicks_BN, ratings_BN = scorer.score(
-        scorer.encode_users([example.user_text]),
+        users,
         table.states_MTH[rows][None],
         table.mask_MT[rows][None],
         example.features_NF[among][None],

@@ -17,6 +17,7 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import f1_score, log_loss, ndcg_score, precision_score, recall_score, roc_auc_score
 from sklearn.metrics.pairwise import cosine_similarity
 
+from services.parts import Parts
 from services.scorer import EncodedItems, Scorer
 from tailrace.ids import ItemId
 from tailrace.tastes import Tastes, make_tastes
@@ -27,7 +28,7 @@ from training.evaluate import Evaluation, evaluate
 from training.examination import fit_examination
 from training.examples import Example
 from training.popularity import Popularity, count_popularity
-from training.rescoring import ItemTable, encode_texts, latency_ratio, score_examples
+from training.rescoring import ItemTable, encode_texts, latency_ratio, score_beside, score_examples
 from training.slate_metrics import aucs, hits, line_up, ndcgs, reciprocal_ranks, retrieved
 
 Scores = Sequence[NDArray[np.floating]]
@@ -332,6 +333,7 @@ def test_rescored_examples_get_the_utility_that_serving_ranks_by(bundle_dir: Pat
 def test_rescoring_tells_the_model_of_each_users_tastes_and_each_candidates_tags() -> None:
     class Noting:
         told: ClassVar[list[Tastes]] = []
+        encoders = ("users", "items")
 
         def encode_users(self, texts: Sequence[str]) -> None: ...
 
@@ -362,6 +364,25 @@ def test_examples_rescored_several_at_a_time_score_as_they_do_one_by_one(bundle_
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_models_scored_beside_each_other_score_as_alone_and_share_what_encodes_users(
+    bundle_dir: Path, monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    parts, examples = Parts(), bundle_examples(6)
+    one, other = (Scorer.load(bundle_dir, parts if shared else None, precision="int8") for _ in range(2))
+    assert (one.encoders == other.encoders) == shared
+    table = encode_texts(one, examples)
+    alone = score_examples(one, examples, rating_weight=0.25, items=table)
+    texts: list[str] = []
+    encode_users = Scorer.encode_users
+    monkeypatch.setattr(Scorer, "encode_users", lambda self, told: texts.extend(told) or encode_users(self, told))
+    beside = score_beside([(one, table), (other, table)], examples, rating_weight=0.25)
+    assert len(texts) == len(examples) * (1 if shared else 2)
+    for found in beside:
+        for scores_N, usual_N in zip(found, alone, strict=True):
+            np.testing.assert_array_equal(scores_N, usual_N)
+
+
 def test_latency_is_the_median_ratio_of_the_two_on_the_same_examples(bundle_dir: Path) -> None:
     scorer = Scorer.load(bundle_dir, precision="fp32")
     examples = bundle_examples(5)
@@ -378,6 +399,8 @@ def test_latency_is_the_median_ratio_of_the_two_on_the_same_examples(bundle_dir:
     clock = Clock()
 
     class Timed:
+        encoders = scorer.encoders
+
         def __init__(self, seconds: float) -> None:
             self.seconds = seconds
 
