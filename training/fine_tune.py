@@ -24,8 +24,10 @@ from training.checkpoints import EpochRecord
 from training.chosen_weights import choose_weights
 from training.course import Course
 from training.dataset import Corpus, Precision
+from training.examination import fit_examination
 from training.examples import Example
 from training.export import Progress
+from training.first_step import step_along_pairs
 from training.learner import (
     Learner,
     add_level,
@@ -152,11 +154,14 @@ def fine_tune(
         on_replay = score_corpus(as_parent, corpus, precision, replayed if settings.kl_weight else [])
         reading_s = time.perf_counter() - started
 
-        # 6. Learning, from the start or from where an earlier call was killed.
+        # 6. Learning: a first step, and from there, or from where an earlier call was killed, epoch by epoch.
         places = min(max(lesson.example.num_shown for lesson in lessons), MOST_PLACES) if position_bias else 1
         new_learner = partial(Learner, first_layer=first_layer, num_positions=places)
         learner = new_learner(copy.deepcopy(parent), lora_rank=settings.lora_rank, dropout=settings.dropout).to(device)
         add_level(learner.ranker.head, level)
+        learner.expect_places(fit_examination([lesson.example for lesson in lessons], places))
+        step = step_along_pairs(learner, corpus, stop_slice, precision, unshown_weight=settings.unshown_weight)
+        stepped = learner.learned()
         course = Course(
             learner,
             corpus,
@@ -172,10 +177,11 @@ def fine_tune(
             torch.set_num_threads(settings.threads)
         course.run(partial(announce, "learn"), checkpoint_every_s)
 
-        # 7. The average of the best epochs or the best alone, all the way from the parent or part of it: whichever does
-        #    best, if it beats the parent.
+        # 7. The average of the best epochs or the best alone, all the way from the first step or part of it: whichever
+        #    does best, if it beats the parent.
         trial = new_learner(copy.deepcopy(parent)).to(device)
         add_level(trial.ranker.head, level)
+        put_learned(trial.ranker, stepped)
         chosen, reason = choose_weights(course, trial, stop_slice)
         if chosen is None:
             result = ranker
@@ -189,7 +195,7 @@ def fine_tune(
     return FineTuned(
         ranker=result,
         better=chosen is not None,
-        reason=reason,
+        reason=f"{reason}; the first step moved pairs of tags by up to {step:.3g}",
         history=standing.history,
         steps=standing.step,
         lessons=len(lessons),

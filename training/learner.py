@@ -36,6 +36,9 @@ class Learner(nn.Module):
         upper = self.layers
         ranker.eval().requires_grad_(False)
         ranker.head.requires_grad_(True)
+        # Tastes are alike both ways: who likes castles likes ghosts as who likes ghosts likes castles. One weight for
+        # either way is learned from twice as much; a parent that weighs the two apart begins as it is.
+        ranker.head.taste_weights.register_hook(both_ways)  # type: ignore[no-untyped-call]
         for layer in upper:
             layer.requires_grad_(True)
             layer.dropout.p = layer.weight_dropout.p = dropout
@@ -76,6 +79,12 @@ class Learner(nn.Module):
         by_place = torch.cat([self.position_bias.new_zeros(1), self.position_bias])
         places = torch.arange(shown.shape[1], device=shown.device).clamp(max=len(by_place) - 1)
         return by_place[places] * shown
+
+    def expect_places(self, seen_K: NDArray[np.float64]) -> None:
+        """Begins with the position bias by which places are seen so much less than the first."""
+        with torch.no_grad():
+            places = torch.from_numpy(np.log(seen_K[1:] / seen_K[0])).to(self.position_bias)
+            self.position_bias.copy_(places[: len(self.position_bias)])
 
     def learned(self) -> dict[str, Tensor]:
         """Returns copies of the weights that learn, under the names of a plain ranker, and the position bias."""
@@ -157,6 +166,11 @@ def scale_clicks(head: Head, factor: float) -> None:
         for weight in (*weights, head.taste_weights, head.tag_weights):
             weight.mul_(factor)
         head.rating_affine[0] /= factor
+
+
+def both_ways(pairs_VV: Tensor) -> Tensor:
+    """Returns the part of it that is the same both ways."""
+    return (pairs_VV + pairs_VV.T) / 2
 
 
 def add_level(head: Head, shift: float) -> None:

@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
@@ -25,11 +25,13 @@ from training.course import compute_losses, score_batch
 from training.dataset import Batch, Corpus
 from training.examples import Example
 from training.fine_tune import FineTuned, fine_tune
+from training.first_step import step_along_pairs
 from training.learner import Learner, feature_units, level_shift, scale_clicks, to_raw_units, to_standard_units
 from training.lessons import Lesson, choose_lessons, plan_batches
 from training.lora import adapt_layers, merge_layers
 from training.losses import ndcg
 from training.model import SplitRanker
+from training.stop_slice import StopSlice
 
 SHAPE = BertShape(
     vocab_size=30_522,
@@ -228,33 +230,65 @@ def test_what_is_clicked_is_learned(tmp_path: Path, clicks: Clicks, layers: int)
     assert found.history[-1].losses["listwise"] < found.history[0].losses["listwise"]
 
 
-def test_which_tastes_go_together_is_learned(tmp_path: Path) -> None:
-    likes = {"castles": "ghosts", "ships": "storms", "trains": "letters"}
+LIKES = {"castles": "ghosts", "ships": "storms", "trains": "letters"}
 
-    def worlds(count: int, seed: int) -> list[Example]:
-        rng = np.random.default_rng(seed)
-        made = []
-        for one in make_examples(count, never, seed=seed):
-            loved = str(rng.choice(list(likes)))
-            tags_N = [[str(tag)] for tag in rng.choice([*likes.values(), "news"], size=len(one.texts))]
-            clicked_N = np.array([tag == likes[loved] for (tag,) in tags_N]) & (np.arange(len(tags_N)) < one.num_shown)
-            made.append(
-                replace(
-                    one,
-                    tastes=make_tastes({loved: 1.0}, tags_N),
-                    clicked_N=clicked_N,
-                    gains_N=clicked_N.astype(np.float32),
-                )
+
+def make_lovers(count: int, seed: int, likes: Mapping[str, str] = LIKES) -> list[Example]:
+    """Impressions on users who love one thing, and click all that is tagged with what goes with it."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for one in make_examples(count, never, seed=seed):
+        loved = str(rng.choice(list(likes)))
+        tags_N = [[str(tag)] for tag in rng.choice([*likes.values(), "news"], size=len(one.texts))]
+        clicked_N = np.array([tag == likes[loved] for (tag,) in tags_N]) & (np.arange(len(tags_N)) < one.num_shown)
+        made.append(
+            replace(
+                one,
+                tastes=make_tastes({loved: 1.0}, tags_N),
+                clicked_N=clicked_N,
+                gains_N=clicked_N.astype(np.float32),
             )
-        return made
+        )
+    return made
 
-    found = learn(tmp_path, worlds(400, 1), worlds(60, 2), change(epochs=6))
+
+def test_which_tastes_go_together_is_learned_and_both_ways(tmp_path: Path) -> None:
+    found = learn(tmp_path, make_lovers(400, 1), make_lovers(60, 2), change(epochs=6))
     assert found.better
-    assert mean_ndcg(found.ranker, worlds(60, 3)) > 0.95
+    assert mean_ndcg(found.ranker, make_lovers(60, 3)) > 0.95
     weights = found.ranker.head.taste_weights
-    for loved, wanted in likes.items():
-        others = [weights[bucket(loved), bucket(other)].item() for other in likes.values() if other != wanted]
+    for loved, wanted in LIKES.items():
+        others = [weights[bucket(loved), bucket(other)].item() for other in LIKES.values() if other != wanted]
         assert weights[bucket(loved), bucket(wanted)].item() > max(others)
+        assert weights[bucket(wanted), bucket(loved)].item() == weights[bucket(loved), bucket(wanted)].item()
+
+
+def first_step(train: Sequence[Example], stop: Sequence[Example]) -> tuple[float, Tensor]:
+    """How far the first step of a learner goes, and the pair weights after it."""
+    ranker = small_ranker({})
+    learner = Learner(ranker, len(ranker.bert.stack), num_positions=1)
+    corpus, stopping = (read(ranker, examples, len(ranker.bert.stack)) for examples in (train, stop))
+    stop_slice = StopSlice(stopping, learner, nullcontext, 0.2)
+    length = step_along_pairs(learner, corpus, stop_slice, nullcontext, unshown_weight=0.2)
+    return length, ranker.head.taste_weights.detach()
+
+
+def test_first_step_moves_each_pair_by_the_evidence_there_is_of_it() -> None:
+    often, seldom = LIKES, {"owls": "night"}
+    length, weights = first_step(make_lovers(200, 1) + make_lovers(10, 2, seldom), make_lovers(60, 3))
+    moved = {loved: weights[bucket(loved), bucket(wanted)].item() for loved, wanted in (often | seldom).items()}
+    assert length >= 1.0
+    assert max(moved.values()) == pytest.approx(length)
+    assert 0 < moved["owls"] < 0.3 * min(moved[loved] for loved in often)
+    assert weights[bucket("castles"), bucket("storms")].item() < 0
+    torch.testing.assert_close(weights, weights.T)
+
+
+def test_first_step_is_none_where_the_stop_slice_says_otherwise() -> None:
+    others = dict(zip(LIKES, ["storms", "letters", "ghosts"], strict=True))
+    length, weights = first_step(make_lovers(200, 1), make_lovers(60, 2, others))
+    assert length == 0.0
+    assert not weights.any()
 
 
 def test_ratings_are_learned_beside_clicks(tmp_path: Path) -> None:
