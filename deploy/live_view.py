@@ -30,14 +30,14 @@ def facts(tally: Tally, lag: int, ceiling: float) -> list[tuple[str, str]]:
         ("click to visible p50 / p99", percentiles(tally.visible_ms)),
     ]
     rows += [(f"click rate, {arm}", _rate(tally.by_arm[arm])) for arm in ARMS]
-    rows += [(f"· by model {version}", describe(worth)) for version, worth in tally.by_version.items()]
+    rows += [(f"· by model {version}", _describe(worth)) for version, worth in tally.by_version.items()]
     rows.append(("best attainable at the start", f"{100 * ceiling:.2f} %"))
     degraded = {rung: count for rung, count in tally.degraded.items() if rung != "none"}
     rows.append(("degraded answers", ", ".join(f"{count} {rung}" for rung, count in degraded.items()) or "none"))
     return rows
 
 
-def describe(worth: Worth) -> str:
+def _describe(worth: Worth) -> str:
     """Returns what slates came to in one line: clicks, and what the world expects of them."""
     return f"{_rate(worth)}, {100 * worth.expected_rate:.2f} % expected: {100 * worth.attained:.0f} % of the best"
 
@@ -68,13 +68,12 @@ def print_summary(console: Console, tally: Tally, lag: int, ceiling: float) -> N
     for name, figure in facts(tally, lag, ceiling):
         table.add_row(name, figure)
     console.print(table)
-    stretches = Table(title="Personalised slates as time went by", title_justify="left")
-    for column in ("from", "to", "clicked", "expected by the world", "of the best slates"):
+    stretches = Table(title=f"Personalised slates as time went by, every {STRETCH_S} s", title_justify="left")
+    for column in ("from", "clicked", "expected by the world", "of the best slates"):
         stretches.add_column(column, justify="right")
     for stretch, worth in sorted(tally.by_stretch.items()):
         stretches.add_row(
             f"{stretch * STRETCH_S} s",
-            f"{(stretch + 1) * STRETCH_S} s",
             f"{100 * worth.click_rate:.2f} %",
             f"{100 * worth.expected_rate:.2f} %",
             f"{100 * worth.attained:.0f} %",

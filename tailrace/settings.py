@@ -182,7 +182,8 @@ class TrainingSettings(_Section, frozen=True, kw_only=True):
     rating_weight: Annotated[float, _doc("weight of the rating loss")] = 0.1
     kl_weight: Annotated[float, _doc("weight of staying near the parent's scores on replayed impressions")] = 0.1
     anchor_weight: Annotated[
-        float, _doc("pull of the head towards its parent's weights, spread over all examples: few move it little")
+        float,
+        _doc("pull of the head towards what its epochs began with, spread over all examples: few move it little"),
     ] = 30.0
     unshown_weight: Annotated[Share, _doc("weight of a candidate that was not shown, in the listwise loss")] = 0.2
     silent_share: Annotated[

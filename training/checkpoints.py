@@ -79,6 +79,7 @@ def load_checkpoint(
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
     except (OSError, SafetensorError, KeyError, msgspec.DecodeError):
         return None
+    device = next(iter(parameters.values())).device
     with torch.no_grad():
         for name, weight in parameters.items():
             weight.copy_(tensors[f"learn/{name}"])
@@ -88,5 +89,5 @@ def load_checkpoint(
     for key, tensor in tensors.items():
         if key.startswith("best/"):
             _, epoch, name = key.split("/", 2)
-            snapshots.setdefault(int(epoch), {})[name] = tensor
+            snapshots.setdefault(int(epoch), {})[name] = tensor.to(device)
     return standing, snapshots

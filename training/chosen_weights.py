@@ -7,15 +7,15 @@ from training.course import Course
 from training.learner import Learner, put_learned
 from training.stop_slice import StopFigures, StopSlice
 
-_WAYS = (1.0, 0.5, 0.25)  # parts of the way from where the epochs began to what they learned that are tried
+_WAYS = (1.0, 0.5, 0.25, 0.0)  # parts of the way from the first step to what the epochs learned that are tried
 
 
 def choose_weights(course: Course, trial: Learner, stop: StopSlice) -> tuple[dict[str, Tensor] | None, str]:
     """Returns the weights to keep and why, or None where the parent is as good.
 
     Averages of nearby weights are flatter and do better on what is new (Izmailov et al. 2018, "Averaging weights
-    leads to wider optima"), and so does part of the way from the start (Wortsman et al. 2022, "Robust fine-tuning of
-    zero-shot models"). `trial` is a learner to try weights in; it comes with those that the epochs began with.
+    leads to wider optima"), and so does part of the way (Wortsman et al. 2022, "Robust fine-tuning of
+    zero-shot models"). `trial` is a learner to try weights in; it comes with those after the first step.
     """
     epochs = course.best_epochs()
     if not epochs:
@@ -41,6 +41,8 @@ def choose_weights(course: Course, trial: Learner, stop: StopSlice) -> tuple[dic
     figures, count, way, part = min(tried, key=lambda one: one[0].loss - one[0].parent_loss)
     said = f"stop loss {figures.loss:.4f} against the parent's {figures.parent_loss:.4f}"
     if not figures.loss < figures.parent_loss:
-        return None, f"no epoch beats the parent: {said}"
+        return None, f"nothing beats the parent: {said}"
+    if way == 0.0:
+        return part, f"{said}, the first step alone"
     said += f", weights of {count} epochs averaged" if count > 1 else ", weights of the best epoch"
-    return part, said if way == 1.0 else f"{said}, {way:.0%} of the way from the start"
+    return part, said if way == 1.0 else f"{said}, {way:.0%} of the way from the first step"

@@ -50,8 +50,10 @@ def compare(
     calibrate_on, threads = calibrate_on[-_CALIBRATED:], settings.training.threads
     told, models = [*calibrate_on, *holdout], (champion, challenger)
     tables = [encode_texts(champion, told, progress, threads=threads)]
-    alike = champion.encoders[1] == challenger.encoders[1]
-    tables.append(tables[0] if alike else encode_texts(challenger, told, progress, threads=threads))
+    if champion.encoders[1] == challenger.encoders[1]:
+        tables.append(tables[0])
+    else:
+        tables.append(encode_texts(challenger, told, progress, threads=threads))
     scores_by_model = score_beside(
         list(zip(models, tables, strict=True)),
         told,

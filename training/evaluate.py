@@ -9,8 +9,7 @@ What the gate compares is over all logged candidates too, and those not shown co
 alone, all of which the champion thinks well of, the champion's knowledge tells nothing and its mistakes are many: an
 equal model would look better, and one that has forgotten all that the champion knows no worse. A challenger has to
 win by more than what it would put in place of items that are known (pessimism in the face of what the log does not
-hold: Jin, Yang and Wang 2021, "Is pessimism provably efficient for offline RL?"). How well the clicks among the shown
-are explained stands beside it: blind to what was forgotten, but where something was learned it shows much sooner.
+hold: Jin, Yang and Wang 2021, "Is pessimism provably efficient for offline RL?").
 
 Shapes: E examples, S items of the longest slate, N candidates, M columns, R resamples, B bins, k first places.
 """
@@ -32,7 +31,6 @@ from training.slate_metrics import (
     Reals,
     Slates,
     aucs,
-    click_likelihoods,
     hits,
     line_up,
     log_losses,
@@ -66,8 +64,7 @@ class Evaluation:
 
     `ranked` slates have a gain and more than one item, and only they tell about ranks. `judged_E` is what the gate
     compares: NDCG@10 by example among all logged candidates, the position bias taken out where it is known, NaN where
-    a slate cannot tell. `likelihood_E` says how well the clicks among the shown are explained: the log likelihood of
-    which items they fell on, in nats. `readers_E` numbers the readers: slates of one hang together.
+    a slate cannot tell. `readers_E` numbers the readers: slates of one hang together.
     """
 
     examples: int
@@ -80,7 +77,6 @@ class Evaluation:
     sanity: Sanity
     unbiased: bool
     judged_E: Reals
-    likelihood_E: Reals
     readers_E: NDArray[np.int64]
 
     def plain(self) -> dict[str, object]:
@@ -159,7 +155,6 @@ def evaluate(
         sanity=check_sanity(scores, first, popularity),
         unbiased=examination_K is not None,
         judged_E=judged_E,
-        likelihood_E=click_likelihoods(slates, np.ones(1) if examination_K is None else examination_K),
         readers_E=np.unique([one.user_id for one in examples], return_inverse=True)[1].astype(np.int64),
     )
 

@@ -17,6 +17,7 @@ from typing import Protocol
 import msgspec
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from tailrace.settings import TrainingSettings
@@ -41,11 +42,12 @@ from training.learner import (
 from training.lessons import Lesson, choose_lessons
 from training.losses import best_scale
 from training.model import SplitRanker
-from training.stop_slice import StopSlice, score_corpus
+from training.stop_slice import StopSlice, pad_logits, score_corpus
 from training.team import ALONE, Team
 from training.trackers import Facts
 
 MOST_PLACES = 50  # places of a slate with a bias of their own; further ones share the last
+_METHOD = 2  # rises where what is learned from the same examples changes: older checkpoints are then left alone
 CALIBRATION_LESSONS = 1000  # enough to find the scale and the level of the logits
 
 
@@ -54,12 +56,14 @@ class FineTuned:
     """What a fine-tune came to.
 
     `better` says whether `ranker` is a new one: otherwise it is the very parent, and `reason` says why.
+    `first_step` is by how much that step moved a pair of tags at most, 0 where none helped (`training.first_step`).
     `lessons` impressions were learned from; `impressions_per_s` counts each pass over them in all the time it took.
     """
 
     ranker: SplitRanker
     better: bool
     reason: str
+    first_step: float
     history: list[EpochRecord]
     steps: int
     lessons: int
@@ -146,7 +150,9 @@ def fine_tune(
 
         # 4. The parent's scores on the scale and the level of what happened. An untrained score has neither, and any
         #    step towards them would look like learning, and be paid for in order.
-        level = _calibrate(as_parent, corpus, precision, settings.unshown_weight)
+        places = min(max(lesson.example.num_shown for lesson in lessons), MOST_PLACES) if position_bias else 1
+        seen_K = fit_examination([lesson.example for lesson in lessons], max(places, 1))
+        level = _calibrate(as_parent, corpus, precision, settings.unshown_weight, seen_K)
 
         # 5. What the parent says: of the stop slice, to be beaten there, and of older slates, to stay near it.
         stop_slice = StopSlice(stop_corpus, as_parent, precision, settings.unshown_weight)
@@ -155,11 +161,10 @@ def fine_tune(
         reading_s = time.perf_counter() - started
 
         # 6. Learning: a first step, and from there, or from where an earlier call was killed, epoch by epoch.
-        places = min(max(lesson.example.num_shown for lesson in lessons), MOST_PLACES) if position_bias else 1
         new_learner = partial(Learner, first_layer=first_layer, num_positions=places)
         learner = new_learner(copy.deepcopy(parent), lora_rank=settings.lora_rank, dropout=settings.dropout).to(device)
         add_level(learner.ranker.head, level)
-        learner.expect_places(fit_examination([lesson.example for lesson in lessons], places))
+        learner.expect_places(seen_K)
         step = step_along_pairs(learner, corpus, stop_slice, precision, unshown_weight=settings.unshown_weight)
         stepped = learner.learned()
         course = Course(
@@ -195,7 +200,8 @@ def fine_tune(
     return FineTuned(
         ranker=result,
         better=chosen is not None,
-        reason=f"{reason}; the first step moved pairs of tags by up to {step:.3g}",
+        reason=reason,
+        first_step=step,
         history=standing.history,
         steps=standing.step,
         lessons=len(lessons),
@@ -238,25 +244,33 @@ def _torch_for(settings: TrainingSettings) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _calibrate(parent: Learner, corpus: Corpus, precision: Precision, unshown_weight: float) -> float:
-    """Scales the parent's click logits, in place, as its order of the lessons deserves; returns the level they lack."""
+def _calibrate(
+    parent: Learner, corpus: Corpus, precision: Precision, unshown_weight: float, seen_K: NDArray[np.float64]
+) -> float:
+    """Scales the parent's click logits, in place, as its order of the lessons deserves; returns the level they lack.
+
+    Both go by clicks on places of which each is looked at so much (`seen_K`), the last standing for those after it.
+    """
     among = list(range(0, len(corpus), max(len(corpus) // CALIBRATION_LESSONS, 1)))
     logits = score_corpus(parent, corpus, precision, among)
     lessons = [corpus.lessons[index] for index in among]
     counts = [lesson.example.num_shown for lesson in lessons]
     pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
     real = pad([torch.ones(len(logits[index]), dtype=torch.bool) for index in among])
+    bias = [np.log(seen_K[np.minimum(np.arange(count), len(seen_K) - 1)]) for count in counts]
     factor = best_scale(
         pad([logits[index] for index in among]),
         pad([torch.from_numpy(lesson.example.gains_N) for lesson in lessons]),
         torch.arange(real.shape[1]) < torch.tensor(counts).unsqueeze(1),
         real,
+        pad_logits([torch.from_numpy(of) for of in bias], real),
         unshown_weight=unshown_weight,
     )
     scale_clicks(parent.ranker.head, factor)
     return level_shift(
         factor
-        * np.concatenate([logits[index][:count].double().numpy() for index, count in zip(among, counts, strict=True)]),
+        * np.concatenate([logits[index][:count].double().numpy() for index, count in zip(among, counts, strict=True)])
+        + np.concatenate(bias),
         np.concatenate([lesson.example.clicked_N[:count] for lesson, count in zip(lessons, counts, strict=True)]),
         np.repeat([lesson.weight for lesson in lessons], counts),
     )
@@ -266,7 +280,7 @@ def _fingerprint(
     ranker: SplitRanker, lessons: Sequence[Lesson], stop: Sequence[Example], settings: TrainingSettings, *sizes: int
 ) -> str:
     """Returns what tells one fine-tune from another: its settings, its parent, its examples and their labels."""
-    digest = hashlib.sha256(msgspec.json.encode([settings, sizes]))
+    digest = hashlib.sha256(msgspec.json.encode([_METHOD, settings, sizes]))
     for weight in ranker.state_dict().values():
         digest.update(weight.detach().cpu().contiguous().numpy().tobytes())
     for example in [*(lesson.example for lesson in lessons), *stop]:

@@ -62,10 +62,10 @@ class Head(nn.Module):
         learned = self.outer(nn.functional.gelu(self.inner(torch.cat([pooled, standard], -1))))
         learned = learned + match.unsqueeze(-1) * self.match_gain
         rating = self.rating_affine[0] * prior + self.rating_affine[1] + learned[..., 1]
-        clicks = prior + learned[..., 0] + self._tag_worth(tastes, tags)
+        clicks = prior + learned[..., 0] + self.tag_worth(tastes, tags)
         return clicks, RATING_MIN + (RATING_MAX - RATING_MIN) * torch.sigmoid(rating)
 
-    def _tag_worth(self, tastes: Tensor, tags: Tensor) -> Tensor:
+    def tag_worth(self, tastes: Tensor, tags: Tensor) -> Tensor:
         """Returns [B,N]: what the candidates' tags are worth to their users, by the root of how many each has."""
         worth = tastes @ self.taste_weights + self.tag_weights
         worth = torch.cat([worth, torch.zeros_like(worth[:, :1])], 1).unsqueeze(1)  # NO_TAG is worth nothing

@@ -1,6 +1,7 @@
 """A ranker while it learns: which of its weights do, in which units, and what is there in training only.
 
-Shapes: B slates, N candidates, T states per item, H hidden size, F features, P positions.
+Shapes: B slates, N candidates, T states per item, H hidden size, F features, P positions, V buckets of
+tags, K places.
 """
 
 from collections.abc import Mapping
@@ -36,9 +37,6 @@ class Learner(nn.Module):
         upper = self.layers
         ranker.eval().requires_grad_(False)
         ranker.head.requires_grad_(True)
-        # Tastes are alike both ways: who likes castles likes ghosts as who likes ghosts likes castles. One weight for
-        # either way is learned from twice as much; a parent that weighs the two apart begins as it is.
-        ranker.head.taste_weights.register_hook(both_ways)  # type: ignore[no-untyped-call]
         for layer in upper:
             layer.requires_grad_(True)
             layer.dropout.p = layer.weight_dropout.p = dropout
@@ -81,10 +79,9 @@ class Learner(nn.Module):
         return by_place[places] * shown
 
     def expect_places(self, seen_K: NDArray[np.float64]) -> None:
-        """Begins with the position bias by which places are seen so much less than the first."""
+        """Begins with the position bias by which places are seen so much less than the first, of as many places."""
         with torch.no_grad():
-            places = torch.from_numpy(np.log(seen_K[1:] / seen_K[0])).to(self.position_bias)
-            self.position_bias.copy_(places[: len(self.position_bias)])
+            self.position_bias.copy_(torch.from_numpy(np.log(seen_K[1:] / seen_K[0])))
 
     def learned(self) -> dict[str, Tensor]:
         """Returns copies of the weights that learn, under the names of a plain ranker, and the position bias."""

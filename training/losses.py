@@ -75,15 +75,23 @@ def anchor_loss(weights: Mapping[str, Tensor], anchors: Mapping[str, Tensor]) ->
 
 
 def best_scale(
-    logits_BN: Tensor, gains_BN: Tensor, shown_BN: Tensor, real_BN: Tensor, *, unshown_weight: float
+    logits_BN: Tensor,
+    gains_BN: Tensor,
+    shown_BN: Tensor,
+    real_BN: Tensor,
+    bias_BN: Tensor,
+    *,
+    unshown_weight: float,
 ) -> float:
     """Returns the factor, from 1/16 to 16, by which the logits explain the gains best; 1 where none is better.
+
+    The position bias is added to them as it is.
 
     Temperature scaling (Guo et al. 2017, "On calibration of modern neural networks"). It orders nothing anew.
     """
     factors = 2 ** torch.linspace(-4, 4, 65)
     losses = [
-        float(listwise_loss(factor * logits_BN, gains_BN, shown_BN, real_BN, unshown_weight=unshown_weight))
+        float(listwise_loss(factor * logits_BN + bias_BN, gains_BN, shown_BN, real_BN, unshown_weight=unshown_weight))
         for factor in factors
     ]
     least = min(range(len(losses)), key=losses.__getitem__)

@@ -170,6 +170,10 @@ def _report(this: Round) -> str:
         verdict=this.verdict,
         took_s=this.took_s,
         moves=this.contest.moves,
-        notes=[tuned.reason, f"{tuned.impressions_per_s:.0f} impressions/s in {tuned.precision}"],
+        notes=[
+            tuned.reason,
+            f"the first step moved pairs of tags by up to {tuned.first_step:.3g}",
+            f"{tuned.impressions_per_s:.0f} impressions/s in {tuned.precision}",
+        ],
     )
     return str(write_report(this.folder, facts)[1])

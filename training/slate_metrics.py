@@ -20,7 +20,6 @@ Rows = NDArray[np.int64]
 
 _PAIRS_PER_PART = 4_000_000
 _DRAWS_PER_PART = 2_000_000
-_FACTORS = 2.0 ** np.linspace(-5, 3, 33)  # of scores in standard deviations
 
 
 @dataclass(frozen=True)
@@ -146,29 +145,6 @@ def log_losses(logits_ES: Reals, slates: Slates) -> Reals:
     with np.errstate(invalid="ignore"):
         losses_ES = np.logaddexp(0.0, logits_ES) - np.where(slates.clicked_ES, logits_ES, 0.0)
     result: Reals = np.where(slates.shown_ES, losses_ES, 0.0).sum(1)
-    return result
-
-
-def click_likelihoods(slates: Slates, examination_K: Reals) -> Reals:
-    """Returns float64 [E]: the log likelihood of which shown items of a slate were clicked, given how many.
-
-    The conditional logit model (McFadden 1974, "Conditional logit analysis of qualitative choice behavior"): an item's
-    chance is in proportion to exp(score) times the chance that its place was looked at. Scores are taken on the scale
-    on which they explain these clicks best, so only what they tell apart counts. 0 where nothing was clicked.
-    """
-    places = np.minimum(np.arange(slates.scores_ES.shape[1]), len(examination_K) - 1)
-    seen_S, clicked_ES = np.log(examination_K[places]), slates.clicked_ES
-    known_ES = slates.shown_ES & np.isfinite(slates.scores_ES)
-    spread = float(slates.scores_ES[known_ES].std()) if known_ES.any() else 0.0
-    best_E = np.full(len(clicked_ES), -np.inf)
-    for factor in _FACTORS / (spread or 1.0):
-        seen_ES = np.where(slates.shown_ES, factor * slates.scores_ES + seen_S, -np.inf)
-        with np.errstate(invalid="ignore"):
-            shares_ES = seen_ES - np.logaddexp.reduce(seen_ES, axis=1, keepdims=True)
-        found_E = np.where(clicked_ES, shares_ES, 0.0).sum(1)
-        if not found_E.sum() <= best_E.sum():  # scores that are no numbers explain nothing, and say so
-            best_E = found_E
-    result: Reals = best_E
     return result
 
 

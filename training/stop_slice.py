@@ -3,7 +3,7 @@
 Shapes: B examples, N candidates.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,10 +36,16 @@ class StopSlice:
         Clicks were logged under the parent's order, so a position bias left out would speak for the parent; both
         models are given the learner's.
         """
+        return self.judge(learner, self.score(learner))
+
+    def score(self, learner: Learner) -> dict[int, Tensor]:
+        """Returns the learner's click logits [N] of each example by its number."""
+        return score_corpus(learner, self._corpus, self._precision, range(len(self._corpus)))
+
+    def judge(self, learner: Learner, found: Mapping[int, Tensor]) -> StopFigures | None:
+        """Returns what `measure` would of a learner that has the same position bias and says so."""
         slates, loss, parent_loss, gained = 0, 0.0, 0.0, 0.0
-        everything = range(len(self._corpus))
-        found = score_corpus(learner, self._corpus, self._precision, everything)
-        for chosen in self._corpus.passes(everything):
+        for chosen in self._corpus.passes(range(len(self._corpus))):
             labels = self._corpus.labels(chosen)
             taught = int(((labels.gains * labels.shown).sum(1) > 0).sum())
             if not taught:

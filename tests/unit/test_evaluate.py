@@ -29,7 +29,7 @@ from training.examination import fit_examination
 from training.examples import Example
 from training.popularity import Popularity, count_popularity
 from training.rescoring import ItemTable, encode_texts, latency_ratio, score_beside, score_examples
-from training.slate_metrics import aucs, click_likelihoods, hits, line_up, ndcgs, reciprocal_ranks, retrieved
+from training.slate_metrics import aucs, hits, line_up, ndcgs, reciprocal_ranks, retrieved
 
 Scores = Sequence[NDArray[np.floating]]
 NOTHING = Popularity({}, {})
@@ -419,31 +419,3 @@ def test_latency_is_the_median_ratio_of_the_two_on_the_same_examples(bundle_dir:
     assert ratio == 1.5
     with pytest.raises(ValueError, match="no examples"):
         latency_ratio((Timed(2.0), table), (Timed(3.0), table), [])
-
-
-def test_clicks_are_explained_by_what_scores_tell_apart_whatever_their_scale() -> None:
-    rng = np.random.default_rng(0)
-    examples = make_examples(300, shown=6)[0]
-    worths = [rng.normal(size=6) for _ in examples]
-    clicked = [rng.random(6) < 0.3 / (1 + np.exp(-2 * worth)) / (np.arange(6) + 1) ** 0.5 for worth in worths]
-    seen_K = (np.arange(6) + 1.0) ** -0.5
-
-    def explained(scores: Sequence[np.ndarray]) -> np.ndarray:
-        return click_likelihoods(line_up(scores, [one.astype(float) for one in clicked], clicked), seen_K)
-
-    known, scaled, blurred, constant = (
-        explained(scores)
-        for scores in (
-            worths,
-            [50 * worth - 7 for worth in worths],
-            [worth + rng.normal(scale=2, size=6) for worth in worths],
-            [np.zeros(6)] * len(worths),
-        )
-    )
-    assert known.sum() > blurred.sum() > constant.sum()
-    np.testing.assert_allclose(scaled.sum(), known.sum(), rtol=1e-3)
-    # By hand: of equal items the place alone decides.
-    first = next(number for number, one in enumerate(clicked) if one.sum() == 1)
-    assert constant[first] == pytest.approx(np.log(seen_K[clicked[first]][0] / seen_K.sum()))
-    assert constant[[not one.any() for one in clicked]].tolist() == [0.0] * sum(not one.any() for one in clicked)
-    assert np.isnan(explained([np.full(6, NAN)] * len(worths)).sum())

@@ -291,6 +291,28 @@ def test_first_step_is_none_where_the_stop_slice_says_otherwise() -> None:
     assert not weights.any()
 
 
+def test_first_step_alone_is_kept_where_the_epochs_after_it_do_harm(tmp_path: Path) -> None:
+    found = learn(tmp_path, make_lovers(200, 1), make_lovers(60, 2), change(head_learning_rate=30.0, epochs=1))
+    assert found.better
+    assert "the first step alone" in found.reason
+    assert found.first_step > 0
+
+
+def test_places_are_expected_to_be_seen_as_explored_ones_were(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    seen_K = (np.arange(6) + 1.0) ** -0.7
+
+    def explored(one: Example) -> Example:
+        clicked_N = np.append(rng.random(6) < 0.1 * seen_K, [False, False])
+        propensities_N = np.append(np.full(6, 0.01), [np.nan, np.nan]).astype(np.float32)
+        return replace(one, clicked_N=clicked_N, gains_N=clicked_N.astype(np.float32), propensities_N=propensities_N)
+
+    train, stop = ([explored(one) for one in make_examples(count, never, seed=count)] for count in (1500, 200))
+    still = change(head_learning_rate=0.0, learning_rate=0.0)
+    found = learn(tmp_path, train, stop, still, position_bias=True)
+    np.testing.assert_allclose(found.position_bias, np.log(seen_K), atol=0.25)
+
+
 def test_ratings_are_learned_beside_clicks(tmp_path: Path) -> None:
     train, stop = (make_examples(count, by_cosine, seed=seed, rated=True) for count, seed in ((300, 1), (60, 2)))
     found = learn(tmp_path, train, stop, change(epochs=6, rating_weight=1.0))
@@ -330,9 +352,13 @@ def test_parent_is_returned_where_nothing_beats_it(tmp_path: Path) -> None:
         return np.asarray(np.arange(len(texts)) == features[:6, COSINE].argmin())
 
     parent = small_ranker({"cosine": 1.0})
-    found = learn(tmp_path, make_examples(200, worst, seed=1), make_examples(60, by_cosine, seed=2), ranker=parent)
+    train, stop = (
+        [replace(one, tastes=no_tastes(len(one.texts))) for one in make_examples(count, clicks, seed=seed)]
+        for count, clicks, seed in ((200, worst, 1), (60, by_cosine, 2))
+    )
+    found = learn(tmp_path, train, stop, ranker=parent)
     assert not found.better
-    assert "no epoch beats the parent" in found.reason
+    assert "nothing beats the parent" in found.reason
     assert found.ranker is parent
     assert all(
         torch.equal(weight, small_ranker({"cosine": 1.0}).state_dict()[name])

@@ -154,18 +154,6 @@ def errs_elsewhere_and_more(of: Parts) -> Reals:
     return 1.5 * of.well_known_N + 1.3 * of.other_error_N
 
 
-def learned_and_errs(of: Parts) -> Reals:
-    return 2 * of.well_known_N + 0.6 * of.subtle_N + 0.3 * of.error_N + 0.6 * of.other_error_N
-
-
-def learned_and_errs_more_than_it_helps(of: Parts) -> Reals:
-    return 2 * of.well_known_N + 0.8 * of.subtle_N + 0.3 * of.error_N + 1.2 * of.other_error_N
-
-
-def errs_more(of: Parts) -> Reals:
-    return 2 * of.well_known_N + 0.3 * of.error_N + 0.3 * of.other_error_N
-
-
 def errs_less(of: Parts) -> Reals:
     return 1.5 * of.well_known_N + 0.5 * of.error_N
 
@@ -202,29 +190,6 @@ def test_a_better_challenger_is_let_through(champion: Scores, challenger: Scores
     assert trial.verdict.promoted, trial.verdict.reasons
 
 
-def promotions(challenger: Scores, count: int = 150, seeds: int = 20) -> tuple[int, int, float]:
-    """In so many trials on few slates: promotions, those that NDCG alone would have made, and the mean gain."""
-    trials = [try_challenger(knows_one, challenger, both, count=count, seed=seed) for seed in range(seeds)]
-    by_ndcg = 0
-    for trial in trials:
-        ndcg = next(check for check in trial.verdict.checks if check.name == "ndcg_10")
-        by_ndcg += trial.verdict.promoted and ndcg.figure >= ndcg.bound
-    return sum(trial.verdict.promoted for trial in trials), by_ndcg, float(np.mean([trial.gain for trial in trials]))
-
-
-def test_what_was_learned_beside_new_errors_is_found_sooner_by_how_clicks_are_explained() -> None:
-    passed, by_ndcg, gain = promotions(learned_and_errs)
-    assert gain > 0.05
-    assert passed > max(by_ndcg, 16)
-
-
-@pytest.mark.parametrize("challenger", [errs_more, learned_and_errs_more_than_it_helps])
-def test_a_challenger_that_is_no_better_gains_nothing_by_how_clicks_are_explained(challenger: Scores) -> None:
-    passed, by_ndcg, gain = promotions(challenger)
-    assert gain < -0.01
-    assert passed <= by_ndcg + 1
-
-
 def test_places_seem_seen_as_they_are_although_better_items_are_explored_in_the_first() -> None:
     # What chance may draw for the first place holds the second best of all; for the last it does not.
     found = []
@@ -241,7 +206,7 @@ def decided(base: Evaluation, differences_E: Reals, readers_E: NDArray[np.int64]
     """On a challenger whose slates differ by so much from the champion's."""
     usual_E = np.full(len(differences_E), 0.5)
     champion, challenger = (
-        replace(base, ranked=len(values_E), judged_E=values_E, likelihood_E=0 * values_E, readers_E=readers_E)
+        replace(base, ranked=len(values_E), judged_E=values_E, readers_E=readers_E)
         for values_E in (usual_E, usual_E + differences_E)
     )
     return decide(champion, challenger, SOUND, gate)
