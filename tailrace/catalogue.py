@@ -5,7 +5,8 @@ One lock: the threads that apply records hold it for one record, readers hold it
 What a reader gets is a copy or immutable. Rows of removed items are given to other items no sooner than a
 minute of record time later, so that a request in flight never mistakes one item for another.
 
-Shapes: R rows ever used, N asked for, K kinds (`counters.KINDS`), H half-lives (`counters.HALF_LIVES_S`).
+Shapes: R rows ever used, N asked for, K kinds (`counters.KINDS`), H half-lives (`counters.HALF_LIVES_S`), T touches, V
+visitors.
 """
 
 import threading
@@ -17,7 +18,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from tailrace.counters import HALF_LIVES_S, KINDS, MAX_TOUCHES, MAX_VISITORS, add_decayed, decayed
+from tailrace.counter_table import NEVER_MS, CounterTable
+from tailrace.counters import HALF_LIVES_S, decayed
 from tailrace.errors import InvalidRecord
 from tailrace.events import ItemStats, decode
 from tailrace.ids import ItemId
@@ -31,11 +33,8 @@ Times = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 Buckets = NDArray[np.int32]
 
-NEVER_MS = -(2**53)  # stands in time columns for "has not happened"
-NOBODY = -1  # stands in visitor columns for "no visitor"
 _REUSE_AFTER_MS = 60_000
 _FIRST_ROWS = 1024
-_HALF_LIVES_MS = np.array(HALF_LIVES_S, dtype=np.float64) * 1000
 _stats_decoder = msgspec.json.Decoder(ItemStats)
 
 
@@ -75,12 +74,7 @@ class Catalogue:
         self._version = 0
         self._announced_ms: Times = np.full(_FIRST_ROWS, NEVER_MS, dtype=np.int64)
         self._created_ms: Times = np.full(_FIRST_ROWS, NEVER_MS, dtype=np.int64)
-        self._first_ms: Times = np.full(_FIRST_ROWS, NEVER_MS, dtype=np.int64)
-        self._touches_ms: Times = np.full((_FIRST_ROWS, MAX_TOUCHES), NEVER_MS, dtype=np.int64)
-        self._visitors: Buckets = np.full((_FIRST_ROWS, MAX_VISITORS), NOBODY, dtype=np.int32)
-        self._visits_ms: Times = np.full((_FIRST_ROWS, MAX_VISITORS), NEVER_MS, dtype=np.int64)
-        self._sums: Floats = np.zeros((_FIRST_ROWS, len(KINDS), len(HALF_LIVES_S)), dtype=np.float32)
-        self._held_ms: Times = np.zeros((_FIRST_ROWS, len(KINDS)), dtype=np.int64)
+        self._counters = CounterTable(_FIRST_ROWS)
         self._versions: Times = np.zeros(_FIRST_ROWS, dtype=np.int64)
 
     # Writing: one thread per topic.
@@ -208,18 +202,18 @@ class Catalogue:
         """Returns copies of the rows' numbers, sums decayed to `now_ms`, from one moment."""
         with self._lock:
             return ItemRows(
-                sums_NKH=_decay(self._sums[rows], self._held_ms[rows], now_ms),
+                sums_NKH=self._counters.sums(rows, now_ms),
                 created_ms_N=self._created_ms[rows],
-                first_ms_N=self._first_ms[rows],
-                touches_ms_NT=self._touches_ms[rows],
-                visitors_NV=self._visitors[rows],
-                visits_ms_NV=self._visits_ms[rows],
+                first_ms_N=self._counters.first_ms[rows],
+                touches_ms_NT=self._counters.touches_ms[rows],
+                visitors_NV=self._counters.visitors[rows],
+                visits_ms_NV=self._counters.visits_ms[rows],
             )
 
     def visitors(self, rows: Rows) -> Buckets:
         """Returns int32 [N, V]: who first touched these rows' items last, by bucket, NOBODY where nobody did."""
         with self._lock:
-            found: Buckets = self._visitors[rows]
+            found: Buckets = self._counters.visitors[rows]
             return found
 
     def decayed_sums(self, rows: Rows, now_ms: int) -> Floats:
@@ -228,12 +222,8 @@ class Catalogue:
 
     def trend(self, kind: str, half_life: int, now_ms: int) -> Floats:
         """Returns float32 [R]: every row's sum of one kind at one half-life (an index of HALF_LIVES_S)."""
-        index, size = KINDS.index(kind), len(self._items)
         with self._lock:
-            sums_R = self._sums[:size, index, half_life].copy()
-            age_R = np.maximum(now_ms - self._held_ms[:size, index], 0)
-        result: Floats = sums_R * np.exp2(-age_R / _HALF_LIVES_MS[half_life]).astype(np.float32)
-        return result
+            return self._counters.trend(kind, half_life, now_ms)[: len(self._items)]
 
     def created_ms(self) -> Times:
         """Returns int64 [R]: when every row's item became available; NEVER_MS in a free row."""
@@ -276,12 +266,8 @@ class Catalogue:
         self._covisits.pop(item_id, None)
         self._items[row] = None
         self._index.clear(row)
-        self._announced_ms[row] = self._created_ms[row] = self._first_ms[row] = NEVER_MS
-        self._touches_ms[row] = NEVER_MS
-        self._visitors[row] = NOBODY
-        self._visits_ms[row] = NEVER_MS
-        self._sums[row] = 0.0
-        self._held_ms[row] = 0
+        self._announced_ms[row] = self._created_ms[row] = NEVER_MS
+        self._counters.put(row, ())
         self._free.append((row, at_ms))
         self._mark(row)
         if item_id in self._partials:
@@ -303,33 +289,14 @@ class Catalogue:
             self.forgotten += 1
 
     def _add_partials(self, row: int, item_id: ItemId) -> None:
-        partials = list(self._partials.get(item_id, {}).values())
-        # 1. Sums, by kind: each partition's share decayed to the newest of them.
-        for index, kind in enumerate(KINDS):
-            shares = [partial.sums[kind] for partial in partials if kind in partial.sums]
-            if shares:
-                total = shares[0] if len(shares) == 1 else add_decayed(shares)
-                self._sums[row, index] = total.sums
-                self._held_ms[row, index] = total.at_ms
-            else:
-                self._sums[row, index] = 0.0
-        # 2. The newest touches of all partitions, newest first.
-        newest = sorted((at_ms for partial in partials for at_ms in partial.touches_ms), reverse=True)[:MAX_TOUCHES]
-        self._touches_ms[row] = newest + [NEVER_MS] * (MAX_TOUCHES - len(newest))
-        # 3. The newest visitors of all partitions, newest first.
-        visitors = sorted((visitor for partial in partials for visitor in partial.visitors), reverse=True)[
-            :MAX_VISITORS
-        ]
-        nobody = [(NEVER_MS, NOBODY)] * (MAX_VISITORS - len(visitors))
-        self._visits_ms[row], self._visitors[row] = zip(*visitors, *nobody, strict=True)
-        # 4. When it began. An item without a date of its own is as old as its first announcement or touch.
-        first_ms = min((at for partial in partials if (at := partial.first_ms) is not None), default=None)
-        self._first_ms[row] = NEVER_MS if first_ms is None else first_ms
+        self._counters.put(row, list(self._partials.get(item_id, {}).values()))
+        # An item without a date of its own is as old as its first announcement or touch.
+        first_ms = int(self._counters.first_ms[row])
         item = self._items[row]
         known = None if item is None else item.created_ms
         announced_ms = int(self._announced_ms[row])
         self._created_ms[row] = (
-            known if known is not None else announced_ms if first_ms is None else min(announced_ms, first_ms)
+            known if known is not None else announced_ms if first_ms == NEVER_MS else min(announced_ms, first_ms)
         )
 
     def _add_covisits(self, item_id: ItemId) -> tuple[int, dict[ItemId, float]]:
@@ -343,14 +310,7 @@ class Catalogue:
         return newest_ms, weights
 
     def _grow(self) -> None:
-        never = dict.fromkeys(("_announced_ms", "_created_ms", "_first_ms", "_touches_ms", "_visits_ms"), NEVER_MS)
-        empty_by_name = never | {"_visitors": NOBODY, "_sums": 0, "_held_ms": 0, "_versions": 0}
-        for name, empty in empty_by_name.items():
+        self._counters.grow()
+        for name, empty in {"_announced_ms": NEVER_MS, "_created_ms": NEVER_MS, "_versions": 0}.items():
             old = getattr(self, name)
             setattr(self, name, np.concatenate([old, np.full_like(old, empty)]))
-
-
-def _decay(sums_NKH: Floats, held_ms_NK: Times, now_ms: int) -> Floats:
-    age_NK = np.maximum(now_ms - held_ms_NK, 0).astype(np.float64)
-    result: Floats = sums_NKH * np.exp2(-age_NK[:, :, None] / _HALF_LIVES_MS).astype(np.float32)
-    return result

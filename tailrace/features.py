@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from tailrace.catalogue import NEVER_MS, Catalogue, ItemRows, Rows
+from tailrace.catalogue import Catalogue, ItemRows, Rows
 from tailrace.cosines import Cosines, Floats
+from tailrace.counter_table import NEVER_MS
 from tailrace.counters import KINDS
 from tailrace.errors import InvalidRecord
 from tailrace.events import Context
