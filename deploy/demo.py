@@ -36,12 +36,12 @@ from tailrace.world import World
 from training.schedule import Schedule
 
 _READERS = 40
-_PAST_VISITS = 2200  # before the demo began: enough for a first round to find what version 0 does not know
+_PAST_VISITS = 4400  # before the demo began: with half as many a first round gains nothing that a reader would notice
 _VISITS_PER_S = 3.0
 # A few minutes of a few dozen readers: rounds begin early, learn little at a time, and the gate asks for less certainty
 # than it should where anybody's shop is at stake.
 _SETTINGS: dict[str, Any] = {
-    "training": {"min_examples": 150, "wait_s": 5.0, "max_holdout": 250},
+    "training": {"min_examples": 150, "wait_s": 5.0, "max_holdout": 250, "epochs": 2},
     "gate": {"margin": 0.05, "max_found_loss": 0.05, "confidence": 0.8, "canary_share": 0.5, "canary_impressions": 40},
 }
 _ROUND_AFTER = 400  # new impressions
