@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from tailrace.counter_table import NEVER_MS, CounterTable
+from tailrace.counter_columns import NEVER_MS, CounterColumns
 from tailrace.counters import HALF_LIVES_S, decayed
 from tailrace.errors import InvalidRecord
 from tailrace.events import ItemStats, decode
@@ -74,7 +74,7 @@ class Catalogue:
         self._version = 0
         self._announced_ms: Times = np.full(_FIRST_ROWS, NEVER_MS, dtype=np.int64)
         self._created_ms: Times = np.full(_FIRST_ROWS, NEVER_MS, dtype=np.int64)
-        self._counters = CounterTable(_FIRST_ROWS)
+        self._counters = CounterColumns(_FIRST_ROWS)
         self._versions: Times = np.zeros(_FIRST_ROWS, dtype=np.int64)
 
     # Writing: one thread per topic.

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from tailrace.catalogue import Catalogue, ItemRows, Rows
 from tailrace.cosines import Cosines, Floats
-from tailrace.counter_table import NEVER_MS
+from tailrace.counter_columns import NEVER_MS
 from tailrace.counters import KINDS
 from tailrace.errors import InvalidRecord
 from tailrace.events import Context

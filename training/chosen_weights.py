@@ -14,8 +14,8 @@ def choose_weights(course: Course, trial: Learner, stop: StopSlice) -> tuple[dic
     """Returns the weights to keep and why, or None where the parent is as good.
 
     Averages of nearby weights are flatter and do better on what is new (Izmailov et al. 2018, "Averaging weights
-    leads to wider optima"), and so does part of the way (Wortsman et al. 2022, "Robust fine-tuning of
-    zero-shot models"). `trial` is a learner to try weights in; it comes with those after the first step.
+    leads to wider optima"), and so does part of the way (Wortsman et al. 2022, "Robust fine-tuning of zero-shot
+    models"). `trial` is a learner to try weights in; it comes with those after the first step.
     """
     epochs = course.best_epochs()
     if not epochs:

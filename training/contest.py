@@ -61,18 +61,20 @@ def compare(
         progress=progress,
         threads=threads,
     )
+    before_by_model = [scores[: len(calibrate_on)] for scores in scores_by_model]
+    scores_by_model = [scores[len(calibrate_on) :] for scores in scores_by_model]
     found = [
         evaluate(
             holdout,
-            scores[len(calibrate_on) :],
+            scores,
             popularity=popularity,
             items=tables[0],
-            platt=_calibrate(calibrate_on, scores[: len(calibrate_on)]),
+            platt=_calibrate(calibrate_on, before),
             examination_K=examination_K,
             seed=settings.training.seed,
             bootstrap=settings.gate.bootstrap,
         )
-        for scores in scores_by_model
+        for before, scores in zip(before_by_model, scores_by_model, strict=True)
     ]
     ratio = latency_ratio(
         (champion, tables[0]),
@@ -80,8 +82,7 @@ def compare(
         holdout[:_TIMED],
         num_candidates=settings.ranker.num_candidates,
     )
-    moves = item_moves(holdout, *(scores[len(calibrate_on) :] for scores in scores_by_model))
-    return Contest(found[0], found[1], ratio, moves)
+    return Contest(found[0], found[1], ratio, item_moves(holdout, *scores_by_model))
 
 
 def _calibrate(examples: Sequence[Example], scores: Sequence[Floats]) -> Platt:

@@ -47,8 +47,8 @@ from training.team import ALONE, Team
 from training.trackers import Facts
 
 MOST_PLACES = 50  # places of a slate with a bias of their own; further ones share the last
-_METHOD = 2  # rises where what is learned from the same examples changes: older checkpoints are then left alone
 CALIBRATION_LESSONS = 1000  # enough to find the scale and the level of the logits
+_METHOD = 2  # rises where what is learned from the same examples changes: older checkpoints are then left alone
 
 
 @dataclass(frozen=True)

@@ -56,19 +56,18 @@ def _steepest(learner: Learner, corpus: Corpus, precision: Precision, unshown_we
     learner.eval()
     for chosen in corpus.passes(range(len(corpus))):
         labels = corpus.labels(chosen)
-        own = [index for index in chosen if corpus.team.owns(index)]
+        own_B = [corpus.team.owns(index) for index in chosen]
         taught = int(((labels.gains * labels.shown).sum(1) > 0).sum())
         with torch.no_grad():
             scores = score_batch(learner, corpus, chosen, labels, precision)
-        if not taught or not own:
+        if not taught or not any(own_B):
             continue
         # 1. What each logit should have been raised by.
         logits_BN = (scores.logits + scores.place_bias).requires_grad_()
         loss = listwise_loss(logits_BN, labels.gains, labels.shown, labels.real, unshown_weight=unshown_weight)
         raise_BN = -taught * torch.autograd.grad(loss, logits_BN)[0]
         # 2. And by it each pair: no gradient has to pass through a layer.
-        batch = corpus.batch(own)
-        own_B = [corpus.team.owns(index) for index in chosen]
+        batch = corpus.batch([index for index, own in zip(chosen, own_B, strict=True) if own])
         worth_BN = head.tag_worth(batch.tastes, batch.tags)
         raised = (raise_BN[own_B][:, : worth_BN.shape[1]] * worth_BN).sum()
         total += torch.autograd.grad(raised, head.taste_weights)[0]

@@ -1,7 +1,7 @@
 """A ranker while it learns: which of its weights do, in which units, and what is there in training only.
 
-Shapes: B slates, N candidates, T states per item, H hidden size, F features, P positions, V buckets of
-tags, K places.
+Shapes: B slates, N candidates, T states per item, H hidden size, F features, V buckets of tags, K
+positions.
 """
 
 from collections.abc import Mapping
@@ -79,7 +79,7 @@ class Learner(nn.Module):
         return by_place[places] * shown
 
     def expect_places(self, seen_K: NDArray[np.float64]) -> None:
-        """Begins with the position bias by which places are seen so much less than the first, of as many places."""
+        """Sets the position bias to what it is where each of the K positions is looked at with so much of a chance."""
         with torch.no_grad():
             self.position_bias.copy_(torch.from_numpy(np.log(seen_K[1:] / seen_K[0])))
 

@@ -85,9 +85,8 @@ def best_scale(
 ) -> float:
     """Returns the factor, from 1/16 to 16, by which the logits explain the gains best; 1 where none is better.
 
-    The position bias is added to them as it is.
-
-    Temperature scaling (Guo et al. 2017, "On calibration of modern neural networks"). It orders nothing anew.
+    Temperature scaling (Guo et al. 2017, "On calibration of modern neural networks"). It orders nothing anew, and
+    leaves the position bias, which is added afterwards, as it is.
     """
     factors = 2 ** torch.linspace(-4, 4, 65)
     losses = [

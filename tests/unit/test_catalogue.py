@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tailrace.catalogue import Catalogue
-from tailrace.counter_table import NEVER_MS, NOBODY
+from tailrace.counter_columns import NEVER_MS, NOBODY
 from tailrace.counters import HALF_LIVES_S, KINDS, MAX_TOUCHES, ItemCounters, apply_count, apply_covisit, apply_touch
 from tailrace.counters import item_stats as stats_of
 from tailrace.errors import InvalidRecord

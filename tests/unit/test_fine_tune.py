@@ -352,6 +352,7 @@ def test_parent_is_returned_where_nothing_beats_it(tmp_path: Path) -> None:
         return np.asarray(np.arange(len(texts)) == features[:6, COSINE].argmin())
 
     parent = small_ranker({"cosine": 1.0})
+    # Without tastes: a first step along random ones may do a little better by chance.
     train, stop = (
         [replace(one, tastes=no_tastes(len(one.texts))) for one in make_examples(count, clicks, seed=seed)]
         for count, clicks, seed in ((200, worst, 1), (60, by_cosine, 2))

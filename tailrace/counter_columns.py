@@ -21,7 +21,7 @@ NOBODY = -1  # stands in visitor columns for "no visitor"
 _HALF_LIVES_MS = np.array(HALF_LIVES_S, dtype=np.float64) * 1000
 
 
-class CounterTable:
+class CounterColumns:
     """Arrays by row; whoever holds it takes care that nobody reads a row while it is written."""
 
     def __init__(self, rows: int) -> None:
@@ -34,7 +34,7 @@ class CounterTable:
 
     def grow(self) -> None:
         """Adds as many empty rows as there are."""
-        empty = CounterTable(len(self.first_ms))
+        empty = CounterColumns(len(self.first_ms))
         for name, of_empty in vars(empty).items():
             setattr(self, name, np.concatenate([getattr(self, name), of_empty]))
 
