@@ -18,7 +18,6 @@ from tailrace.events import UserEvent
 from tailrace.features import NEUTRAL_RATING, prior_scores
 from tailrace.items import Item
 from tailrace.settings import Settings
-from tailrace.tastes import Tastes
 
 DAYS = 2
 _CANDIDATES = 80  # enough for slates of eight and their log; 200 would take twice as long
@@ -33,7 +32,7 @@ class Untrained:
         self.encode_user, self.embed = model.encode_user, model.embed
 
     def score(
-        self, user: EncodedUsers, items: EncodedItems, features_NF: Floats, tastes: Tastes, deadline: float
+        self, user: EncodedUsers, items: EncodedItems, features_NF: Floats, tag_worth_N: Floats, deadline: float
     ) -> tuple[Floats, Floats]:
         """Returns the prior's scores [N], and ratings [N] that change no order."""
         return prior_scores(features_NF), np.full(len(features_NF), NEUTRAL_RATING, dtype=np.float32)

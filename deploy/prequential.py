@@ -31,7 +31,7 @@ from tailrace.importers.source import Dataset
 from tailrace.items import Item
 from tailrace.responses import gather_responses, topic_pulls
 from tailrace.settings import Settings
-from tailrace.tastes import bucket_tastes
+from tailrace.tastes import bucket_answers
 from tailrace.text import now_interests
 from training.baselines import LambdaRank, PopularityRules
 from training.examples import Example
@@ -260,7 +260,7 @@ class _Run:
             user_D=None if asked is None else asked.user.vectors_BD[0],
             history_D=history_mean(recent_RD),
             pulls=topic_pulls(now_interests(profile, click.at_ms), responses, model.prior),
-            tag_worth_V=model.tag_worth(bucket_tastes(responses.tastes)),
+            tag_worth_V=model.tag_worth(bucket_answers(responses.answers)),
             exclude=self._touched.get(click.user_id, ()),  # a profile forgets after 512 items; the protocol does not
         )
 

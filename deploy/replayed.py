@@ -25,7 +25,7 @@ from tailrace.ids import ItemId, UserId
 from tailrace.items import Item
 from tailrace.profile import Profile, current_context
 from tailrace.responses import gather_responses
-from tailrace.tastes import Tastes, make_tastes, tags_of
+from tailrace.tastes import Tastes, make_tastes, sum_worth, tags_of
 from tailrace.text import render_user
 
 _PARTITION = 0
@@ -91,7 +91,7 @@ class Replayed:
         responses = gather_responses(profile, catalogue.topics, now_ms)
         features_NF = compute_features(catalogue, rows_N, profile, context, False, cosines, now_ms, responses)
         tags_N = [[] if item is None else tags_of(item) for item in catalogue.items_at(rows_N)]
-        return Asked(user_text, user, rows_N, items, features_NF, make_tastes(responses.tastes, tags_N))
+        return Asked(user_text, user, rows_N, items, features_NF, make_tastes(responses.answers, tags_N))
 
 
 class EncodesItems(Protocol):
@@ -110,5 +110,6 @@ def encode_all(model: EncodesItems, catalogue: Catalogue) -> None:
 def score(model: LoadedModel, asked: Asked, rating_weight: float) -> Floats:
     """Returns float32 [N]: the utilities that order a slate, from the model's graphs."""
     deadline = time.monotonic() + _PATIENCE_S
-    clicks_N, ratings_N = model.score(asked.user, asked.items, asked.features_NF, asked.tastes, deadline)
+    tag_worth_N = sum_worth(model.tag_worth(asked.tastes.answers), asked.tastes.tags_NK)
+    clicks_N, ratings_N = model.score(asked.user, asked.items, asked.features_NF, tag_worth_N, deadline)
     return utilities(clicks_N, ratings_N, rating_weight)

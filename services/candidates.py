@@ -43,7 +43,7 @@ class PoolRequest:
     """What one request asks of the pool. Vectors are [D]; None where there is no such vector.
 
     `pulls` is what each topic adds to a click logit of this user (`tailrace.responses.topic_pulls`), and `tag_worth_V`
-    what a model has learned that tags add (`tailrace.tastes.TagWeights`): by bucket, of all tags there are. Either is
+    what a model has learned that tags add (`tailrace.tastes.TasteModel`): by bucket, of all tags there are. Either is
     divided by the root of how many tags, or entities, an item has.
     """
 

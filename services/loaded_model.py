@@ -31,7 +31,7 @@ from tailrace.features import FEATURE_NAMES
 from tailrace.ids import ModelVersion
 from tailrace.model_card import takes_our_input
 from tailrace.settings import RankerSettings, Settings
-from tailrace.tastes import Tastes
+from tailrace.tastes import Answers
 
 _USER_CACHE_BYTES = 64 * 1024 * 1024
 _QUERY_CACHE = 512
@@ -47,7 +47,7 @@ class ScoreJob:
     user: EncodedUsers
     items: EncodedItems
     features_NF: Floats
-    tastes: Tastes
+    tag_worth_N: Floats
 
 
 class LoadedModel:
@@ -144,10 +144,10 @@ class LoadedModel:
         return held
 
     def score(
-        self, user: EncodedUsers, items: EncodedItems, features_NF: Floats, tastes: Tastes, deadline: float
+        self, user: EncodedUsers, items: EncodedItems, features_NF: Floats, tag_worth_N: Floats, deadline: float
     ) -> tuple[Floats, Floats]:
         """Returns click logits [N] and ratings [N]. Raises TooLate, Overloaded or ScoringError."""
-        job = ScoreJob(user, items, features_NF, tastes)
+        job = ScoreJob(user, items, features_NF, tag_worth_N)
         if self._queues is None:
             clicks_N, ratings_N = self._run(lambda: self._run_score([job])[0])
         else:
@@ -156,9 +156,9 @@ class LoadedModel:
             raise self._failed("scores are not finite")
         return clicks_N, ratings_N
 
-    def tag_worth(self, tastes_V: Floats) -> Floats:
-        """Returns float32 [V]: what a tag of each bucket adds to a click logit of the user with these tastes."""
-        return self._scorer.tag_weights.worth(tastes_V)
+    def tag_worth(self, answers: Answers) -> Floats:
+        """Returns float32 [V]: what a tag of each bucket adds to a click logit of the user with these answers."""
+        return self._scorer.taste_model.worth(answers)
 
     def encode_items(self, texts: Sequence[str]) -> Arrays:
         """Returns states, mask and vectors of items with these texts; once started, runs in the caller's thread."""
@@ -229,8 +229,7 @@ class LoadedModel:
             _stack_padded([job.items.states_NTH for job in jobs]),
             _stack_padded([job.items.mask_NT for job in jobs]),
             _stack_padded([job.features_NF for job in jobs]),
-            np.stack([job.tastes.user_V for job in jobs]),
-            _stack_padded([job.tastes.tags_NK for job in jobs]),
+            _stack_padded([job.tag_worth_N for job in jobs]),
         )
         sizes = [len(job.features_NF) for job in jobs]
         return [(clicks_BN[index, :size], ratings_BN[index, :size]) for index, size in enumerate(sizes)]

@@ -28,7 +28,7 @@ from tailrace.ids import ItemId
 from tailrace.registry import open_registry
 from tailrace.settings import Settings
 from tailrace.table_reader import TableReader
-from tailrace.tastes import Tastes
+from tailrace.tastes import Answers
 from tailrace.telemetry import configure_logging
 
 _WARM_UP_S = 60.0
@@ -47,8 +47,8 @@ class _Watched:
         self.version, self.encodings, self.prior, self.failed = model.version, model.encodings, model.prior, False
         self._model = model
 
-    def tag_worth(self, tastes_V: Floats) -> Floats:
-        return self._model.tag_worth(tastes_V)
+    def tag_worth(self, answers: Answers) -> Floats:
+        return self._model.tag_worth(answers)
 
     def encode_user(self, text: str, deadline: float) -> EncodedUsers:
         return self._noting(self._model.encode_user, text, deadline)
@@ -57,9 +57,9 @@ class _Watched:
         return self._noting(self._model.embed, text, deadline)
 
     def score(
-        self, user: EncodedUsers, items: EncodedItems, features_NF: Floats, tastes: Tastes, deadline: float
+        self, user: EncodedUsers, items: EncodedItems, features_NF: Floats, tag_worth_N: Floats, deadline: float
     ) -> tuple[Floats, Floats]:
-        return self._noting(self._model.score, user, items, features_NF, tastes, deadline)
+        return self._noting(self._model.score, user, items, features_NF, tag_worth_N, deadline)
 
     def _noting(self, call: Callable[Given, Result], *given: Given.args, **named: Given.kwargs) -> Result:
         try:

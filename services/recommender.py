@@ -35,7 +35,7 @@ from tailrace.items import Item
 from tailrace.profile import Profile, decode_profile
 from tailrace.responses import gather_responses, topic_pulls
 from tailrace.settings import RankerSettings, SlateSettings
-from tailrace.tastes import Tastes, bucket_tags, bucket_tastes, tags_of
+from tailrace.tastes import Answers, bucket_answers, bucket_tags, sum_worth, tags_of
 from tailrace.text import now_interests, render_user
 
 # The share of a request's time that the text model may use; the rest is enough to answer without it.
@@ -52,8 +52,8 @@ class TextModel(Protocol):
     encodings: ItemEncodings
     prior: Mapping[str, float]  # the weights of the linear part of the score, by feature
 
-    def tag_worth(self, tastes_V: Floats) -> Floats:
-        """Returns float32 [V]: what a tag of each bucket adds to a click logit of the user with these tastes."""
+    def tag_worth(self, answers: Answers) -> Floats:
+        """Returns float32 [V]: what a tag of each bucket adds to a click logit of the user with these answers."""
 
     def encode_user(self, text: str, deadline: float) -> Any:
         """Returns the user's text as the model sees it; its `vectors_BD` is float32 [1, D]."""
@@ -62,7 +62,7 @@ class TextModel(Protocol):
         """Returns float32 [D]: the unit vector of a text."""
 
     def score(
-        self, user: Any, items: EncodedItems, features_NF: Floats, tastes: Tastes, deadline: float
+        self, user: Any, items: EncodedItems, features_NF: Floats, tag_worth_N: Floats, deadline: float
     ) -> tuple[Floats, Floats]:
         """Returns click logits [N] and ratings [N], 1 to 5."""
 
@@ -98,7 +98,7 @@ def recommend(
 
     # 3. A few hundred candidates: near the user, the query and what the user touched last, of the topics that draw the
     #    user by what the model has learned, or what is of the moment.
-    tastes_V = bucket_tastes(responses.tastes)
+    tag_worth_V = model.tag_worth(bucket_answers(responses.answers))
     interests = now_interests(profile, now_ms)
     recent, recent_RD = _recent_vectors(model.encodings, catalogue, profile)
     pool = build_pool(
@@ -116,7 +116,7 @@ def recommend(
             filters=request.filters,
             keep_seen=request.include_seen,
             pulls=topic_pulls(interests, responses, model.prior),
-            tag_worth_V=model.tag_worth(tastes_V),
+            tag_worth_V=tag_worth_V,
         ),
         rng,
     )
@@ -128,11 +128,13 @@ def recommend(
     features_NF = compute_features(
         catalogue, drawn.rows_N, profile, context, query_D is not None, cosines, now_ms, responses
     )
-    tastes = Tastes(tastes_V, bucket_tags([tags_of(item) for item in drawn.items_N]))
+    tag_worth_N = sum_worth(tag_worth_V, bucket_tags([tags_of(item) for item in drawn.items_N]))
     stages.end("features")
 
     # 5. Scores: from the model, or from the prior where the model is not there in time.
-    scores_N, degraded = _score(model, user, drawn.encoded, features_NF, tastes, slate_settings.rating_weight, deadline)
+    scores_N, degraded = _score(
+        model, user, drawn.encoded, features_NF, tag_worth_N, slate_settings.rating_weight, deadline
+    )
     if asked.profile_missing and degraded == "none":
         degraded = "no_profile"
     stages.end("score")
@@ -190,7 +192,7 @@ def recommend(
                 context=flat_context(context),
                 degraded=degraded,
                 profile_age_ms=profile_age_ms(profile, now_ms),
-                tastes=dict(responses.tastes),
+                answers=dict(responses.answers),
             )
         )
     stages.end("impression")
@@ -241,7 +243,7 @@ def _score(
     user: Any,
     items: EncodedItems,
     features_NF: Floats,
-    tastes: Tastes,
+    tag_worth_N: Floats,
     rating_weight: float,
     deadline: float,
 ) -> tuple[Floats, Degraded]:
@@ -249,7 +251,7 @@ def _score(
         return np.zeros(0, dtype=np.float32), "none" if user is not None else "no_text"
     if user is not None:
         try:
-            clicks_N, ratings_N = model.score(user, items, features_NF, tastes, deadline)
+            clicks_N, ratings_N = model.score(user, items, features_NF, tag_worth_N, deadline)
             return utilities(clicks_N, ratings_N, rating_weight), "none"
         except OPTIONAL_FAILURES:
             pass  # the caller is told by the rung, and the rungs are counted

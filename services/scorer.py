@@ -1,7 +1,7 @@
 """Scores, vectors and states from the ONNX graphs of a bundle. Needs onnxruntime, tokenizers and numpy, no torch.
 
 Shapes: B requests, N candidates, T states per item, H hidden size, D vector size (= H), F features, L-k layers above
-the split, h heads, d head size, U user tokens, V buckets of tags, K tags of an item. Safe to call from several
+the split, h heads, d head size, U user tokens. Safe to call from several
 threads: sessions and tokenizers are fixed once loaded.
 """
 
@@ -13,8 +13,6 @@ from typing import Literal, Self
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 from services.aside import Run, at_once
@@ -22,7 +20,7 @@ from services.parts import Parts
 from tailrace.bundle import MODEL_CARD, Bundle, LooseBundle
 from tailrace.errors import BundleError, ProviderError
 from tailrace.model_card import RankerCard, load_ranker_card
-from tailrace.tastes import BUCKETS, TAG_WEIGHTS_FILE, TagWeights
+from tailrace.tastes import TASTE_MODEL_FILE, TasteModel
 
 Precision = Literal["int8", "fp16", "fp32"]
 Provider = Literal["cpu", "cuda"]
@@ -63,15 +61,14 @@ class Scorer:
         card: RankerCard,
         tokenizers: tuple[Tokenizer, Tokenizer],
         sessions: tuple[onnxruntime.InferenceSession, ...],
-        tag_weights: TagWeights,
+        taste_model: TasteModel,
         provider: Provider,
     ) -> None:
         self.card = card
-        self.tag_weights = tag_weights
+        self.taste_model = taste_model
         self._texts_per_call, self._states_per_call = _TEXTS_PER_CALL[provider], _STATES_PER_CALL[provider]
         self._user_tokenizer, self._item_tokenizer = tokenizers
         self._user_encoder, self._item_encoder, self._scorer = sessions
-        self._scorer_inputs = {value.name for value in self._scorer.get_inputs()}
 
     @classmethod
     def load(
@@ -131,7 +128,7 @@ class Scorer:
 
         tokenizers = (tokenizer(card.max_user_tokens), tokenizer(card.max_item_tokens))
         sessions = tuple(session(graph) for graph in ("user_encoder", "item_encoder", "scorer"))
-        return cls(card, tokenizers, sessions, _load_tag_weights(bundle, card), provider)
+        return cls(card, tokenizers, sessions, TasteModel.load(bundle.file(TASTE_MODEL_FILE)), provider)
 
     @property
     def encoders(self) -> tuple[Hashable, Hashable]:
@@ -177,22 +174,23 @@ class Scorer:
         states_BNTH: NDArray[np.floating],
         mask_BNT: NDArray[np.bool_ | np.integer],
         features_BNF: Floats,
-        tastes_BV: Floats,
-        tags_BNK: NDArray[np.integer],
+        tag_worth_BN: Floats,
     ) -> tuple[Floats, Floats]:
         """Returns click logits [B,N] and ratings [B,N] in 1..5 of each user's candidates.
 
-        `tastes_BV` and `tags_BNK` are those of `tailrace.tastes`. What stands in padded candidates (an empty mask) is
-        scored too and means nothing. In int8 the activations of a call share their scales, so candidates scored
-        together move each other by quantization noise; in the float precisions they do not move at all. Raises
-        ValueError where features, tastes or tags are not those of the model.
+        `tag_worth_BN` is what the `taste_model` says of the candidates' tags. What stands in padded candidates (an
+        empty mask) is scored too and means nothing. In int8 the activations of a call share their scales, so candidates
+        scored together move each other by quantization noise; in the float precisions they do not move at all. Raises
+        ValueError where features or worths are not those of the model.
         """
         batch, count, num_states = mask_BNT.shape
         if features_BNF.shape != (batch, count, len(self.card.feature_names)):
             wanted = (batch, count, len(self.card.feature_names))
             raise ValueError(f"features have shape {features_BNF.shape}, where the model takes {wanted}")
-        if tastes_BV.shape != (batch, BUCKETS) or tags_BNK.shape[:2] != (batch, count):
-            raise ValueError(f"tastes {tastes_BV.shape}, tags {tags_BNK.shape} for {batch} users, {count} candidates")
+        if tag_worth_BN.shape != (batch, count):
+            raise ValueError(
+                f"worths of tags have shape {tag_worth_BN.shape}, where there are {(batch, count)} candidates"
+            )
         # Where every token keeps its state, columns that no candidate fills are left out.
         if not self.card.item_states and count:
             num_states = max(int(np.asarray(mask_BNT, np.bool_).any((0, 1)).sum()), 1)
@@ -201,7 +199,6 @@ class Scorer:
             "user_values": users.values,
             "user_mask": users.mask,
             "user_vectors": users.vectors_BD,
-            "tastes": tastes_BV,
         }
         logits = np.zeros((batch, count), np.float32)
         ratings = np.zeros((batch, count), np.float32)
@@ -210,9 +207,8 @@ class Scorer:
                 "item_states": states_BNTH[:, part, :num_states].astype(np.float32),
                 "item_state_mask": mask_BNT[:, part, :num_states].astype(np.int64),
                 "features": features_BNF[:, part].astype(np.float32),
-                "tags": tags_BNK[:, part].astype(np.int64),
+                "tag_worth": tag_worth_BN[:, part].astype(np.float32),
             }
-            feeds = {name: value for name, value in feeds.items() if name in self._scorer_inputs}
             logits[:, part], ratings[:, part] = self._scorer.run(("click_logits", "ratings"), feeds)
         return logits, ratings
 
@@ -238,21 +234,6 @@ class Scorer:
 
 def _parts(count: int, size: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, count, size))
-
-
-def _load_tag_weights(bundle: Bundle, card: RankerCard) -> TagWeights:
-    """Returns what the bundle has learned of tags; nothing, where it is from before they stood beside the graphs."""
-    if not card.tag_buckets:
-        return TagWeights(np.zeros((BUCKETS, BUCKETS), np.float32), np.zeros(BUCKETS, np.float32))
-    path = bundle.file(TAG_WEIGHTS_FILE)
-    try:
-        weights = load_file(path)
-        found = TagWeights(weights["taste_weights"], weights["tag_weights"])
-    except (OSError, SafetensorError, KeyError) as error:
-        raise BundleError(f"{path}: {error}") from error
-    if (card.tag_buckets, found.pairs_VV.shape, found.single_V.shape) != (BUCKETS, (BUCKETS, BUCKETS), (BUCKETS,)):
-        raise BundleError(f"{path}: {card.tag_buckets} buckets of tags, where this program makes {BUCKETS}")
-    return found
 
 
 def _load_tokenizer(path: Path, max_tokens: int) -> Tokenizer:

@@ -34,8 +34,9 @@ ScaleValue = Annotated[float, Meta(ge=-1e9, le=1e9)]
 
 OccurredAt = Annotated[datetime, Meta(tz=True)] | Annotated[int, Meta(ge=0, le=253_402_300_799_000)]
 Scalar = str | float | bool
-MOST_TASTES, TASTE_LIMIT = 64, 8.0  # of a user: how many, and how strong
-Taste = Annotated[float, Meta(ge=-TASTE_LIMIT, le=TASTE_LIMIT)]
+MOST_TAGS_ANSWERED = 64  # of a user
+Amount = Annotated[float, Meta(ge=0, le=1e6)]
+Answer = tuple[Amount, Amount]  # how much of a tag was clicked, and how much of it shown
 ShortText = Annotated[str, Meta(max_length=256)]
 ShortScalar = ShortText | float | bool  # kept in profiles, so bounded
 
@@ -112,7 +113,7 @@ class Ranked(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A candidate as it was ranked: exactly what the model saw of it, and what came out.
 
     `features` is base64 of little-endian float32, in the order of the impression's `feature_names_hash`; `tags` are
-    those that the impression's `tastes` were held against.
+    those that the impression's `answers` were held against.
     `propensity` is the probability with which the logging policy put this item at this position, given the items at
     the positions before it: the chance of a whole slate is the product over its positions.
     """
@@ -132,7 +133,8 @@ class Impression(Event, frozen=True, kw_only=True, omit_defaults=True):
     """An answer that was given: the slate, what it was ranked on, and under which model and policy.
 
     `shown` is the slate in order. `unshown` is a uniform sample of the candidates that lost, for training.
-    `event_id` equals `request_id`, so a retried write is one impression. `tastes` are the user's, by tag.
+    `event_id` equals `request_id`, so a retried write is one impression. `answers` are the user's until then, by tag:
+    how much of it they clicked and were shown (`tailrace.tastes`).
     """
 
     request_id: RequestIdField
@@ -146,7 +148,7 @@ class Impression(Event, frozen=True, kw_only=True, omit_defaults=True):
     context: dict[str, Scalar] = {}
     degraded: str = "none"
     profile_age_ms: int | None = None
-    tastes: Annotated[dict[ShortText, Taste], Meta(max_length=MOST_TASTES)] = {}
+    answers: Annotated[dict[ShortText, Answer], Meta(max_length=MOST_TAGS_ANSWERED)] = {}
 
 
 class DecayedSum(msgspec.Struct, array_like=True):

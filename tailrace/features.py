@@ -26,7 +26,7 @@ from tailrace.text import TEXT_VERSION, is_mobile, local_time, now_interests
 
 Column = NDArray[np.floating] | float
 
-FEATURE_VERSION = 3
+FEATURE_VERSION = 4
 NEUTRAL_RATING = 3.0  # a predicted rating in the middle moves nothing
 HALF_LIFE_NAMES = ("15m", "1h", "6h", "24h", "7d")
 HEAT_KINDS = ("users", "rated_up")

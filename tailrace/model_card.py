@@ -17,7 +17,7 @@ CARD_FORMAT = 1
 class RankerCard(ModelCard, frozen=True, kw_only=True):
     """The shape of the ranker, beside what the registry reads.
 
-    `item_states` 0: every item token keeps its state. `tag_buckets` 0: from before tags were weighed.
+    `item_states` 0: every item token keeps its state.
     """
 
     version: ModelVersion
@@ -31,7 +31,6 @@ class RankerCard(ModelCard, frozen=True, kw_only=True):
     feature_names: list[str]
     prior: dict[str, float]
     bert_config: dict[str, Any]
-    tag_buckets: int = 0
     format: int = CARD_FORMAT
 
 

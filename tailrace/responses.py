@@ -12,16 +12,20 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tailrace.events import Answer
 from tailrace.ids import ItemId
 from tailrace.items import TAG
 from tailrace.profile import INTEREST_HALF_LIFE_MS, Profile
-from tailrace.tastes import strongest
+from tailrace.tastes import most_answered
 from tailrace.topic_index import Topics
 
 # Evidence is weighed against this many clicks of none: a tag's first showings move its response little. Chosen in
 # `tailrace.world`, where half of it or less ranks worse than interests do, and twice of it no better.
 _PRIOR_CLICKS = 8.0
 _USUAL_RATE, _USUAL_WEIGHT = 0.05, 40.0  # clicks per item shown, before a user has a rate of their own
+
+_UNSEEN = (0, 0)
+_NO_ANSWER = (0.0, 0.0)
 
 TOPIC_NAMES = ("tag_affinity", "entity_affinity", "tag_response", "entity_response", "tag_exposure")
 
@@ -32,13 +36,13 @@ TopicsOf = Callable[[ItemId], Sequence[str]]
 class Responses:
     """By topic: the log of clicks over those to be expected of its showings at the user's own rate, and showings.
 
-    `tastes` is for a model that weighs tags against each other (`tailrace.tastes`): by tag, the clicks beyond those to
-    be expected. Differences add up over tags as evidence does, where logs of shares saturate.
+    `answers` is what a model infers tastes from (`tailrace.tastes`): by tag, how much was clicked and how much shown,
+    an item with n tags counting 1 / sqrt(n) for each, as it does where the worths of tags are summed.
     """
 
     log_lift: Mapping[str, float]
     shown: Mapping[str, float]
-    tastes: Mapping[str, float]
+    answers: Mapping[str, Answer]
 
 
 def gather_responses(profile: Profile, topics_of: TopicsOf, now_ms: int) -> Responses:
@@ -56,14 +60,7 @@ def gather_responses(profile: Profile, topics_of: TopicsOf, now_ms: int) -> Resp
         topic: float(np.log((clicked.get(topic, 0.0) + _PRIOR_CLICKS) / (rate * shown.get(topic, 0.0) + _PRIOR_CLICKS)))
         for topic in shown
     }
-    # The more is known of a user, the less each click adds.
-    unit = 1.0 + rate * num_shown / _PRIOR_CLICKS
-    tastes = {
-        topic.removeprefix(TAG): (clicked.get(topic, 0.0) - rate * times) / unit
-        for topic, times in shown.items()
-        if topic.startswith(TAG)
-    }
-    return Responses(log_lift, shown, strongest(tastes))
+    return Responses(log_lift, shown, most_answered(_answers(profile, topics_of, now_ms)))
 
 
 def topic_columns(
@@ -112,6 +109,21 @@ def _norms(interests: Mapping[str, float]) -> tuple[float, float]:
     return tags**0.5 or 1.0, entities**0.5 or 1.0
 
 
+def _answers(profile: Profile, topics_of: TopicsOf, now_ms: int) -> dict[str, Answer]:
+    """Returns by tag, without its prefix, how much was clicked and how much shown; an item is clicked once at most."""
+    answers: dict[str, Answer] = {}
+    clicked = profile.clicks.seen
+    for item_id, (last_ms, times) in profile.impressions.seen.items():
+        tags = [topic.removeprefix(TAG) for topic in topics_of(item_id) if topic.startswith(TAG)]
+        if tags and times:
+            shown = times * _faded(last_ms, now_ms) / len(tags) ** 0.5
+            taken = shown / times if clicked.get(item_id, _UNSEEN)[1] else 0.0
+            for tag in tags:
+                before = answers.get(tag, _NO_ANSWER)
+                answers[tag] = before[0] + taken, before[1] + shown
+    return answers
+
+
 def _by_topic(
     seen: Mapping[ItemId, tuple[int, int]], topics_of: TopicsOf, now_ms: int
 ) -> tuple[dict[str, float], float]:
@@ -119,8 +131,13 @@ def _by_topic(
     total = 0.0
     for item_id, (last_ms, times) in seen.items():
         if times:
-            weight = times * 2.0 ** (-max(now_ms - last_ms, 0) / INTEREST_HALF_LIFE_MS)
+            weight = times * _faded(last_ms, now_ms)
             total += weight
             for topic in topics_of(item_id):
                 by_topic[topic] = by_topic.get(topic, 0.0) + weight
     return by_topic, total
+
+
+def _faded(last_ms: int, now_ms: int) -> float:
+    """Returns how much of something that old is left."""
+    return float(2.0 ** (-max(now_ms - last_ms, 0) / INTEREST_HALF_LIFE_MS))

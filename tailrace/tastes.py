@@ -1,71 +1,141 @@
-"""A user's tastes and the items' tags as a ranker takes them: by bucket, so that it can learn which go together. Pure.
+"""What a user made of tags, and how a ranker infers from it what each tag is worth to them. Pure.
 
-Whoever likes castles may like ghosts: no text says so, only what many users do. A model that keeps a weight for every
-pair of tags can learn it. Tags are hashed into a fixed number of buckets (Weinberger et al. 2009, "Feature hashing for
-large scale multitask learning"), so one nobody has seen before has a place as well, and no list of tags has to be
-kept. Whoever changes a bucket, or how many there are, changes what every bundle has learned: FEATURE_VERSION must rise
-with it.
+Whoever likes castles may like ghosts: no text says so, only what many users do. So tastes are drawn from a normal
+distribution over tags that training learns from the log (`training.taste_model`), and a user's is inferred from what
+they were shown and clicked: a generalised linear mixed model (Zhang et al. 2016, "GLMix: generalized linear mixed
+models for large-scale response prediction") whose random effects hang together, as in kriging.
 
-Shapes: V buckets, N candidates, K tags of an item at most.
+Tags are hashed into buckets (Weinberger et al. 2009, "Feature hashing for large scale multitask learning"), many more
+than a model knows tags, so that versions need no common list of them. Whoever changes a bucket, or how many there are,
+changes what every bundle has learned: FEATURE_VERSION must rise with it.
+
+Shapes: V buckets, E of them that a user has answered, T that a model knows, N candidates, K tags of an item at most.
 """
 
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
-from tailrace.events import MOST_TASTES, TASTE_LIMIT
+from tailrace.errors import BundleError
+from tailrace.events import MOST_TAGS_ANSWERED, Answer
 from tailrace.items import TAG, Item
 
-BUCKETS = 512
+BUCKETS = 16_384
 NO_TAG = BUCKETS  # stands where an item has no further tag
 MOST_TAGS = 8  # of an item; what comes after them is not looked at
-TAG_WEIGHTS_FILE = "tag_weights.safetensors"
+TASTE_MODEL_FILE = "tastes.safetensors"
 _DIGITS = 4
 
 Floats = NDArray[np.float32]
 TagBuckets = NDArray[np.int16]
 
 
+class Answers(NamedTuple):
+    """What a user made of tags: which buckets, int16 [E], and how much of each was clicked and shown, float32 [E].
+
+    An item with n tags counts 1 / sqrt(n) for each, as it does where the worths of its tags are summed.
+    """
+
+    met_E: TagBuckets
+    clicked_E: Floats
+    shown_E: Floats
+
+
 @dataclass(frozen=True, slots=True)
 class Tastes:
-    """What a model is told of one user and N candidates: float32 [V] and int16 [N,K], padded with NO_TAG."""
+    """What a model is told of one user and N candidates, whose tags are `tags_NK`, padded with NO_TAG."""
 
-    user_V: Floats
+    answers: Answers
     tags_NK: TagBuckets
 
     def among(self, chosen: NDArray[np.integer]) -> "Tastes":
         """Returns the same of these candidates alone, in this order."""
-        return Tastes(self.user_V, self.tags_NK[chosen])
+        return Tastes(self.answers, self.tags_NK[chosen])
 
 
 @dataclass(frozen=True, slots=True)
-class TagWeights:
-    """What a model has learned of tags: `pairs_VV` of a taste and a tag, `single_V` of a tag whoever is asked."""
+class TasteModel:
+    """What is known of tastes before a user is: in click logits, what a tag is worth, and how that varies over users.
 
-    pairs_VV: Floats
-    single_V: Floats
+    `known_T` int16 are the buckets it knows, ascending; `mean_T` and `covariance_TT` float32 are those of their worths.
+    `click_rate` is how often an item of middling worth is clicked when shown, `information` how much one showing tells
+    of its tag's worth (the inverse of a variance), and `gain` how much of all that goes into the score.
+    """
 
-    def worth(self, user_V: Floats) -> Floats:
-        """Returns float32 [V]: what a tag of each bucket adds to a click logit of the user with these tastes."""
-        result: Floats = user_V @ self.pairs_VV + self.single_V
-        return result
+    known_T: TagBuckets
+    mean_T: Floats
+    covariance_TT: Floats
+    click_rate: float = 0.0
+    information: float = 0.0
+    gain: float = 0.0
+
+    @classmethod
+    def ignorant(cls) -> Self:
+        """Returns a model that knows no tag: none is worth anything, whatever a user clicks."""
+        return cls(np.zeros(0, np.int16), np.zeros(0, np.float32), np.zeros((0, 0), np.float32))
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Returns the model of a file that `save` wrote. Raises BundleError."""
+        try:
+            found = load_file(path)
+            model = cls(found["known"], found["mean"], found["covariance"], *found["scalars"].tolist())
+        except (OSError, SafetensorError, KeyError, TypeError) as error:
+            raise BundleError(f"{path}: {error}") from error
+        known_T, count = model.known_T, len(model.known_T)
+        if known_T.dtype != np.int16 or not ((known_T >= 0) & (known_T < BUCKETS)).all():
+            raise BundleError(f"{path}: knows buckets of tags that this program does not make")
+        if (model.mean_T.shape, model.covariance_TT.shape) != ((count,), (count, count)):
+            raise BundleError(f"{path}: means and covariances are not those of {count} tags")
+        return model
+
+    def save(self, path: Path) -> None:
+        """Writes the model to a file."""
+        scalars = np.array([self.click_rate, self.information, self.gain])
+        found = {"known": self.known_T, "mean": self.mean_T, "covariance": self.covariance_TT, "scalars": scalars}
+        save_file({name: np.ascontiguousarray(values) for name, values in found.items()}, path)
+
+    def worth(self, answers: Answers) -> Floats:
+        """Returns float32 [V]: what a tag of each bucket adds to a click logit of the user with these answers.
+
+        The posterior mean, each tag's clicks beyond the usual being taken for a noisy sight of its worth.
+        """
+        worth_V = np.zeros(BUCKETS, np.float32)
+        rows_E = np.searchsorted(self.known_T, answers.met_E)
+        known_E = np.append(self.known_T, NO_TAG)[rows_E] == answers.met_E
+        met_E, clicked_E, shown_E = rows_E[known_E], answers.clicked_E[known_E], answers.shown_E[known_E]
+        certainty_E = self.information * shown_E.astype(np.float64)
+        surprise_E = clicked_E - self.click_rate * shown_E.astype(np.float64)
+        covariance_TE = self.covariance_TT[:, met_E].astype(np.float64)
+        # (S + 1/c) x = s/c, with both sides multiplied by c: nothing is divided by a certainty of nearly nothing.
+        system_EE = np.eye(len(met_E)) + certainty_E[:, None] * covariance_TE[met_E]
+        worth_V[self.known_T] = self.gain * (self.mean_T + covariance_TE @ np.linalg.solve(system_EE, surprise_E))
+        return worth_V
+
+    def worth_of(self, tastes: Tastes) -> Floats:
+        """Returns float32 [N]: what their tags add to the click logits of candidates."""
+        return sum_worth(self.worth(tastes.answers), tastes.tags_NK)
 
 
-def make_tastes(tastes: Mapping[str, float], tags_N: Sequence[Sequence[str]]) -> Tastes:
-    """Returns the tastes of a user, by tag, and the tags of the candidates by bucket; a repeated tag counts once."""
-    return Tastes(bucket_tastes(tastes), bucket_tags(tags_N))
+def make_tastes(answers: Mapping[str, Answer], tags_N: Sequence[Sequence[str]]) -> Tastes:
+    """Returns the answers of a user, by tag, and the tags of the candidates by bucket; a repeated tag counts once."""
+    return Tastes(bucket_answers(answers), bucket_tags(tags_N))
 
 
-def bucket_tastes(tastes: Mapping[str, float]) -> Floats:
-    """Returns float32 [V]: the tastes of a user, by bucket."""
-    user_V = np.zeros(BUCKETS, dtype=np.float32)
-    for tag, taste in tastes.items():
-        user_V[bucket(tag)] += taste
-    return user_V
+def bucket_answers(answers: Mapping[str, Answer]) -> Answers:
+    """Returns what a user made of tags by bucket; tags that share one are added up."""
+    met_E, rows = np.unique(np.array([bucket(tag) for tag in answers], np.int16), return_inverse=True)
+    sums_2E = np.zeros((2, len(met_E)))
+    np.add.at(sums_2E.T, rows, np.array(list(answers.values())).reshape(-1, 2))
+    return Answers(met_E, *sums_2E.astype(np.float32))
 
 
 def bucket_tags(tags_N: Sequence[Sequence[str]]) -> TagBuckets:
@@ -80,7 +150,7 @@ def bucket_tags(tags_N: Sequence[Sequence[str]]) -> TagBuckets:
 def sum_worth(worth_V: Floats, tags_NK: TagBuckets) -> Floats:
     """Returns float32 [N]: what their tags add to the click logits of items, by the root of how many each has."""
     padded = np.append(worth_V, np.float32(0))
-    result: Floats = padded[tags_NK].sum(1) / np.sqrt(np.maximum((tags_NK != NO_TAG).sum(1), 1), dtype=np.float32)
+    result: Floats = padded[tags_NK].sum(-1) / np.sqrt(np.maximum((tags_NK != NO_TAG).sum(-1), 1), dtype=np.float32)
     return result
 
 
@@ -95,17 +165,15 @@ def tags_of(item: Item) -> list[str]:
     return list(dict.fromkeys([*item.tags, *facts]))[:MOST_TAGS]
 
 
-def strongest(tastes: Mapping[str, float]) -> dict[str, float]:
-    """Returns the tastes that are kept of a user's: those ranked on and those logged are the very same.
+def most_answered(answers: Mapping[str, Answer]) -> dict[str, Answer]:
+    """Returns the answers that are kept of a user's, of most showings: those ranked on and those logged are the same.
 
-    They are rounded, and cut at the limit of the log: a thousand clicks of one user on one item say no more than a few.
-
-    >>> strongest({"gothic": 0.123456, "war": 0.0, "ghosts": 241.0})
-    {'ghosts': 8.0, 'gothic': 0.1235}
+    >>> most_answered({"gothic": (0.123456, 2.0), "war": (0.0, 0.0), "ghosts": (1.0, 3.0)})
+    {'ghosts': (1.0, 3.0), 'gothic': (0.1235, 2.0)}
     """
-    kept = sorted(tastes, key=lambda tag: (-abs(tastes[tag]), tag))[:MOST_TASTES]
-    cut = {tag: min(max(tastes[tag], -TASTE_LIMIT), TASTE_LIMIT) for tag in kept}
-    return {tag: rounded for tag, taste in cut.items() if (rounded := round(taste, _DIGITS))}
+    kept = sorted(answers, key=lambda tag: (-answers[tag][1], tag))[:MOST_TAGS_ANSWERED]
+    rounded = {tag: (round(answers[tag][0], _DIGITS), round(answers[tag][1], _DIGITS)) for tag in kept}
+    return {tag: answer for tag, answer in rounded.items() if answer[1]}
 
 
 @lru_cache(maxsize=65_536)

@@ -15,7 +15,7 @@ from tailrace.cosines import Floats
 from tailrace.errors import TailraceError
 from tailrace.features import PRIOR_WEIGHTS
 from tailrace.ids import ItemId, ModelVersion
-from tailrace.tastes import BUCKETS, TagWeights, Tastes
+from tailrace.tastes import Answers, TasteModel
 
 
 class FakeClock:
@@ -62,18 +62,20 @@ class WordModel:
         self.version = ModelVersion(version)
         self.encodings = ItemEncodings(WordVectors.SIZE)
         self.prior = PRIOR_WEIGHTS
-        self.tag_weights = TagWeights(np.zeros((BUCKETS, BUCKETS), np.float32), np.zeros(BUCKETS, np.float32))
+        self.taste_model = TasteModel.ignorant()
         self.encode_failure: TailraceError | None = None
         self.score_failure: TailraceError | None = None
         self.user_texts: list[str] = []
-        self.tastes: list[Tastes] = []
+        self.answers: list[Answers] = []
+        self.tag_worths: list[Floats] = []
         self.scored_texts: list[list[str]] = []
         self._words = WordVectors()
         while self.encodings.catch_up(self._words, catalogue):
             pass
 
-    def tag_worth(self, tastes_V: Floats) -> Floats:
-        return self.tag_weights.worth(tastes_V)
+    def tag_worth(self, answers: Answers) -> Floats:
+        self.answers.append(answers)
+        return self.taste_model.worth(answers)
 
     def encode_user(self, text: str, deadline: float) -> EncodedWords:
         self.user_texts.append(text)
@@ -85,9 +87,9 @@ class WordModel:
         return self._words.vector(text)
 
     def score(
-        self, user: Any, items: EncodedItems, features_NF: Floats, tastes: Tastes, deadline: float
+        self, user: Any, items: EncodedItems, features_NF: Floats, tag_worth_N: Floats, deadline: float
     ) -> tuple[Floats, Floats]:
-        self.tastes.append(tastes)
+        self.tag_worths.append(tag_worth_N)
         self.scored_texts.append(items.texts_N)
         if self.score_failure is not None:
             raise self.score_failure

@@ -11,6 +11,7 @@ from training.evaluate import Evaluation, evaluate
 from training.examination import fit_examination
 from training.examples import Example
 from training.item_moves import ItemMove, item_moves
+from training.judged_gains import judged_gains
 from training.popularity import count_popularity
 from training.rescoring import BundleScorer, Floats, encode_texts, latency_ratio, score_beside
 
@@ -63,18 +64,20 @@ def compare(
     )
     before_by_model = [scores[: len(calibrate_on)] for scores in scores_by_model]
     scores_by_model = [scores[len(calibrate_on) :] for scores in scores_by_model]
+    platts = [_calibrate(calibrate_on, before) for before in before_by_model]
+    gains = judged_gains(holdout, scores_by_model[0], platts[0], examination_K)
     found = [
         evaluate(
             holdout,
             scores,
             popularity=popularity,
             items=tables[0],
-            platt=_calibrate(calibrate_on, before),
-            examination_K=examination_K,
+            platt=platt,
+            gains=gains,
             seed=settings.training.seed,
             bootstrap=settings.gate.bootstrap,
         )
-        for before, scores in zip(before_by_model, scores_by_model, strict=True)
+        for platt, scores in zip(platts, scores_by_model, strict=True)
     ]
     ratio = latency_ratio(
         (champion, tables[0]),

@@ -17,7 +17,7 @@ from tailrace.errors import TrainingDiverged
 from tailrace.settings import TrainingSettings
 from training.checkpoints import EpochRecord, Standing, load_checkpoint, save_checkpoint
 from training.dataset import Corpus, Labels, Precision
-from training.learner import Learner, both_ways
+from training.learner import Learner
 from training.lessons import plan_batches
 from training.losses import anchor_loss, listwise_loss, parent_loss, pointwise_loss, rating_loss
 from training.stop_slice import StopSlice, pad_logits
@@ -116,10 +116,6 @@ class Course:
         self._optimizer.zero_grad()
         losses["total"].backward()  # type: ignore[no-untyped-call]
         self._team.add_up_gradients(self._parameters.values())
-        # Tastes are alike both ways: who likes castles likes ghosts as who likes ghosts likes castles. One weight for
-        # either way is learned from twice as much; a parent that weighs the two apart begins as it is.
-        pairs = self.learner.ranker.head.taste_weights
-        pairs.grad = None if pairs.grad is None else both_ways(pairs.grad)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), CLIP_NORM)
         figures = {name: loss.item() for name, loss in losses.items()}
         if not torch.isfinite(norm) or not torch.isfinite(losses["total"]):
@@ -180,7 +176,8 @@ def score_batch(
     own_B = torch.tensor([corpus.team.owns(index) for index in chosen], device=labels.real.device)
     said = torch.zeros(2, *labels.real.shape, device=labels.real.device)
     if own_B.any():
-        own = torch.stack(learner(corpus.batch([index for index in chosen if corpus.team.owns(index)]), precision))
+        own_batch = corpus.batch([index for index in chosen if corpus.team.owns(index)], learner.ranker.taste_model)
+        own = torch.stack(learner(own_batch, precision))
         said[:, own_B, : own.shape[2]] = own
     logits, ratings = corpus.team.share_scores(said)
     bias = learner.place_bias(labels.shown)

@@ -5,8 +5,7 @@ distinct item texts below the split are computed once. So is what lies above the
 between epochs, as float16, in which item states rest in serving too. With no layer left to learn only the pooled top
 states are kept, and an epoch is arithmetic on a few numbers per candidate.
 
-Shapes: E examples, B of them in a batch, N candidates, U user tokens, T states per item, H hidden size, F features,
-V buckets of tags, K tags of an item.
+Shapes: E examples, B of them in a batch, N candidates, U user tokens, T states per item, H hidden size, F features.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -21,7 +20,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from tailrace.tastes import NO_TAG
+from tailrace.tastes import TasteModel
+from training.examples import Example
 from training.lessons import Lesson
 from training.model import SplitRanker, masked_mean
 from training.team import ALONE, Team
@@ -45,8 +45,7 @@ class Batch:
     states: Tensor  # float32 [B,N,T,H]
     state_mask: Tensor  # int64 [B,N,T]
     features: Tensor  # float32 [B,N,F], in standard units
-    tastes: Tensor  # float32 [B,V]
-    tags: Tensor  # int64 [B,N,K]
+    tag_worth: Tensor  # float32 [B,N], under the model's own knowledge of tastes
     real: Tensor  # bool [B,N]
 
 
@@ -134,6 +133,11 @@ class Corpus:
         return len(self.lessons)
 
     @property
+    def examples(self) -> list[Example]:
+        """What the lessons are about."""
+        return [lesson.example for lesson in self.lessons]
+
+    @property
     def sizes(self) -> list[int]:
         """What decides the size of each example's tensors: user tokens, or candidates where only those are left."""
         return self.widths if self._pooled_only else self.lengths
@@ -153,8 +157,8 @@ class Corpus:
         wanted = set(among)
         return _chunks([index for index in np.lexsort((self.lengths, self.widths)).tolist() if index in wanted])
 
-    def batch(self, chosen: Sequence[int]) -> Batch:
-        """Returns what the model reads of these examples, which must be its own, on the device."""
+    def batch(self, chosen: Sequence[int], taste_model: TasteModel) -> Batch:
+        """Returns what a model with this taste model reads of these examples, which must be its own, on the device."""
         missing = [index for index in chosen if index not in self._kept]
         fresh = dict(zip(missing, self._read(missing), strict=True)) if missing else {}
         held = [self._kept[index] if index in self._kept else fresh[index] for index in chosen]
@@ -176,8 +180,7 @@ class Corpus:
                 states=states,
                 state_mask=state_mask,
                 features=_pad([one.astype(np.float32) for one in features], 0.0),
-                tastes=torch.from_numpy(np.stack([one.user_V for one in tastes])),
-                tags=_pad([one.tags_NK for one in tastes], NO_TAG).long(),
+                tag_worth=_pad([taste_model.worth_of(one) for one in tastes], 0.0),
                 real=real,
             )
         )

@@ -5,11 +5,7 @@ items of a slate, so a challenger gets no credit for what it alone would have sh
 Coverage, novelty and diversity need no labels: they look at who would stand first among all logged candidates, the
 shown and the sample of those not shown. Slates are short, hence figures at 3 beside those at 10.
 
-What the gate compares is over all logged candidates too, and those not shown count as not clicked. Among the shown
-alone, all of which the champion thinks well of, the champion's knowledge tells nothing and its mistakes are many: an
-equal model would look better, and one that has forgotten all that the champion knows no worse. A challenger has to
-win by more than what it would put in place of items that are known (pessimism in the face of what the log does not
-hold: Jin, Yang and Wang 2021, "Is pessimism provably efficient for offline RL?").
+What the gate compares is over all logged candidates too (`training.judged_gains`).
 
 Shapes: E examples, S items of the longest slate, N candidates, M columns, R resamples, B bins, k first places.
 """
@@ -35,10 +31,10 @@ from training.slate_metrics import (
     line_up,
     log_losses,
     ndcgs,
+    pooled_ndcgs,
     reciprocal_ranks,
     resample_sums,
     retrieved,
-    unbiased_ndcgs,
 )
 from training.slices import slice_masks
 
@@ -63,8 +59,8 @@ class Evaluation:
     """One model on one set of examples.
 
     `ranked` slates have a gain and more than one item, and only they tell about ranks. `judged_E` is what the gate
-    compares: NDCG@10 by example among all logged candidates, the position bias taken out where it is known, NaN where
-    a slate cannot tell. `readers_E` numbers the readers: slates of one hang together.
+    compares: NDCG@10 by example among all logged candidates, NaN where a slate cannot tell. `readers_E` numbers the
+    readers: slates of one hang together.
     """
 
     examples: int
@@ -75,7 +71,6 @@ class Evaluation:
     reliability: list[ReliabilityBin]
     platt: Platt
     sanity: Sanity
-    unbiased: bool
     judged_E: Reals
     readers_E: NDArray[np.int64]
 
@@ -92,7 +87,7 @@ def evaluate(
     popularity: Popularity,
     items: ItemTable | None = None,
     platt: Platt = AS_SCORED,
-    examination_K: Reals | None = None,
+    gains: Sequence[Reals] | None = None,
     seed: int = 0,
     bootstrap: int = 1000,
 ) -> Evaluation:
@@ -100,9 +95,9 @@ def evaluate(
 
     `popularity` is of the training window. `items` give the vectors for diversity: take the same for every model that
     is compared. `platt` was fitted on earlier examples (`calibration.fit_platt`); without it the score itself is taken
-    for the logit of a click. `examination_K` (`examination.fit_examination`) takes the position bias out of what the
-    gate compares. Champion and challenger evaluated with one seed share their resamples. Raises ValueError without
-    examples.
+    for the logit of a click. `gains` ([N] per example, of `training.judged_gains`) are what the gate compares by, the
+    logged ones where they are not given. Champion and challenger evaluated with one seed share their resamples. Raises
+    ValueError without examples.
     """
     if not examples or len(examples) != len(scores):
         raise ValueError(f"{len(scores)} score arrays for {len(examples)} examples")
@@ -116,9 +111,10 @@ def evaluate(
     ratios = _label_ratios(slates, logits_ES)
     whole = line_up(scores, [one.gains_N for one in examples], [one.clicked_N for one in examples])
     judged_E = ndcgs(whole, TOP)
-    if examination_K is not None:
-        judged_E = unbiased_ndcgs(whole, examination_K, TOP)
-        ratios["ndcg_10_unbiased"] = _mean(judged_E)
+    ranked = int(np.isfinite(judged_E).sum())
+    if gains is not None:
+        judged_E = pooled_ndcgs(line_up(scores, gains, [one.clicked_N for one in examples]), TOP)
+        ratios["ndcg_10_judged"] = _mean(judged_E)
     # 2. Who would stand first, which needs no labels.
     first = stand_first(examples, scores, SHORT, seed)
     ratios["novelty"] = first.self_information(popularity)
@@ -142,7 +138,7 @@ def evaluate(
     figures["coverage"] = first.coverage(CONFIDENCE)
     return Evaluation(
         examples=len(examples),
-        ranked=int(np.isfinite(judged_E).sum()),
+        ranked=ranked,
         shown=int(slates.shown_ES.sum()),
         figures=figures,
         slices={
@@ -153,7 +149,6 @@ def evaluate(
         reliability=_reliability(bins_E3B.sum(0)),
         platt=platt,
         sanity=check_sanity(scores, first, popularity),
-        unbiased=examination_K is not None,
         judged_E=judged_E,
         readers_E=np.unique([one.user_id for one in examples], return_inverse=True)[1].astype(np.int64),
     )

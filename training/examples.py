@@ -247,7 +247,7 @@ def unlabelled_example(impression: Impression) -> Example:
         texts=tuple(sys.intern(ranked.text) for ranked in candidates),
         num_shown=num_shown,
         features_NF=features_NF,
-        tastes=make_tastes(impression.tastes, [ranked.tags for ranked in candidates]),
+        tastes=make_tastes(impression.answers, [ranked.tags for ranked in candidates]),
         scores_N=np.array([ranked.score for ranked in candidates], dtype=np.float32),
         propensities_N=np.array(propensities, dtype=np.float32),
         gains_N=np.zeros(len(candidates), dtype=np.float32),

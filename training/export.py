@@ -4,7 +4,7 @@
     int8/  fp16/         user_encoder.onnx  item_encoder.onnx  scorer.onnx  words.bin
     tokenizer.json       the text half of model input
     weights.safetensors  the torch weights, for a warm start
-    tag_weights.safetensors  what the ranker makes of tags, for drawing candidates
+    tastes.safetensors   what is known of tastes before a user is (`tailrace.tastes.TasteModel`)
     model.json           the card: shapes, feature names, prior
     parity.json          how far each precision strays from torch
     manifest.json        added by the registry, last
@@ -26,7 +26,7 @@ from tailrace.errors import BundleError
 from tailrace.features import hash_features
 from tailrace.ids import ModelVersion
 from tailrace.model_card import RankerCard, load_ranker_card, save_ranker_card
-from tailrace.tastes import BUCKETS, TAG_WEIGHTS_FILE
+from tailrace.tastes import TASTE_MODEL_FILE, TasteModel
 from tailrace.text import TEXT_VERSION
 from training.bert import PACKAGED, Bert, BertShape, load_base
 from training.graphs import Precision, save_graphs, trace_graphs
@@ -35,7 +35,6 @@ from training.parity import PARITY_FILE, ParityReport, measure_parity, require_p
 
 WEIGHTS_FILE = "weights.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
-TAG_WEIGHTS = ("taste_weights", "tag_weights")  # of the head
 DEFAULT_PRECISIONS: tuple[Precision, ...] = ("int8", "fp16")
 
 Progress = Callable[[str, int, int], None]  # the step that begins, steps done, steps in all
@@ -131,7 +130,7 @@ def export_bundle(
     tokenizer.save(str(directory / TOKENIZER_FILE), pretty=False)
     weights = {name: weight.detach().contiguous() for name, weight in ranker.state_dict().items()}
     save_file(weights, directory / WEIGHTS_FILE)
-    save_file({name: weights[f"head.{name}"] for name in TAG_WEIGHTS}, directory / TAG_WEIGHTS_FILE)
+    ranker.taste_model.save(directory / TASTE_MODEL_FILE)
     card = describe(
         ranker,
         version=version,
@@ -181,7 +180,6 @@ def describe(
         prior={name: weight for name, weight in prior.items() if weight},
         precisions=list(precisions),
         bert_config=msgspec.to_builtins(shape),
-        tag_buckets=BUCKETS,
     )
 
 
@@ -198,9 +196,8 @@ def load_ranker(directory: Path) -> tuple[SplitRanker, Tokenizer, RankerCard]:
     )
     try:
         weights = load_file(directory / WEIGHTS_FILE)
-        for name in TAG_WEIGHTS:  # bundles from before there were tastes say nothing of them
-            weights.setdefault(f"head.{name}", torch.zeros_like(getattr(ranker.head, name)))
         ranker.load_state_dict(weights)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise BundleError(f"{directory / WEIGHTS_FILE}: {error}") from error
+    ranker.taste_model = TasteModel.load(directory / TASTE_MODEL_FILE)
     return ranker, Tokenizer.from_file(str(directory / TOKENIZER_FILE)), card

@@ -28,7 +28,7 @@ from training.dataset import Corpus, Precision
 from training.examination import fit_examination
 from training.examples import Example
 from training.export import Progress
-from training.first_step import step_along_pairs
+from training.first_step import Weights, learn_tastes
 from training.learner import (
     Learner,
     add_level,
@@ -40,7 +40,7 @@ from training.learner import (
     to_standard_units,
 )
 from training.lessons import Lesson, choose_lessons
-from training.losses import best_scale
+from training.losses import best_factors
 from training.model import SplitRanker
 from training.stop_slice import StopSlice, pad_logits, score_corpus
 from training.team import ALONE, Team
@@ -48,7 +48,7 @@ from training.trackers import Facts
 
 MOST_PLACES = 50  # places of a slate with a bias of their own; further ones share the last
 CALIBRATION_LESSONS = 1000  # enough to find the scale and the level of the logits
-_METHOD = 2  # rises where what is learned from the same examples changes: older checkpoints are then left alone
+_METHOD = 3  # rises where what is learned from the same examples changes: older checkpoints are then left alone
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,14 @@ class FineTuned:
     """What a fine-tune came to.
 
     `better` says whether `ranker` is a new one: otherwise it is the very parent, and `reason` says why.
-    `first_step` is by how much that step moved a pair of tags at most, 0 where none helped (`training.first_step`).
+    `first_step` is how the parts of the score were weighed when tastes had been learned, None where that did not help.
     `lessons` impressions were learned from; `impressions_per_s` counts each pass over them in all the time it took.
     """
 
     ranker: SplitRanker
     better: bool
     reason: str
-    first_step: float
+    first_step: Weights | None
     history: list[EpochRecord]
     steps: int
     lessons: int
@@ -148,25 +148,26 @@ def fine_tune(
         telling = [example for example in stop if example.gains_N[: example.num_shown].any()]
         stop_corpus = read([Lesson(example) for example in telling])
 
-        # 4. The parent's scores on the scale and the level of what happened. An untrained score has neither, and any
-        #    step towards them would look like learning, and be paid for in order.
+        # 4. The parent's scores on the scale of what happened. An untrained score has none, and any step towards it
+        #    would look like learning, and be paid for in order.
         places = min(max(lesson.example.num_shown for lesson in lessons), MOST_PLACES) if position_bias else 1
         seen_K = fit_examination([lesson.example for lesson in lessons], max(places, 1))
-        level = _calibrate(as_parent, corpus, precision, settings.unshown_weight, seen_K)
-
-        # 5. What the parent says: of the stop slice, to be beaten there, and of older slates, to stay near it.
-        stop_slice = StopSlice(stop_corpus, as_parent, precision, settings.unshown_weight)
-        replayed = [index for index, lesson in enumerate(lessons) if lesson.replayed]
-        on_replay = score_corpus(as_parent, corpus, precision, replayed if settings.kl_weight else [])
+        _scale(as_parent, corpus, precision, settings.unshown_weight, seen_K)
+        stop_slice = StopSlice(stop_corpus, as_parent, precision, settings.unshown_weight)  # there it is to be beaten
         reading_s = time.perf_counter() - started
 
-        # 6. Learning: a first step, and from there, or from where an earlier call was killed, epoch by epoch.
+        # 5. A first step, after which the level is found that no listwise loss knows. What is said then of older
+        #    slates is what the epochs stay near.
         new_learner = partial(Learner, first_layer=first_layer, num_positions=places)
         learner = new_learner(copy.deepcopy(parent), lora_rank=settings.lora_rank, dropout=settings.dropout).to(device)
-        add_level(learner.ranker.head, level)
         learner.expect_places(seen_K)
-        step = step_along_pairs(learner, corpus, stop_slice, precision, unshown_weight=settings.unshown_weight)
+        weights = learn_tastes(learner, [*train, *replay], stop_slice, seen_K)
+        add_level(learner.ranker.head, _find_level(learner, corpus, precision, seen_K))
         stepped = learner.learned()
+        replayed = [index for index, lesson in enumerate(lessons) if lesson.replayed]
+        on_replay = score_corpus(learner, corpus, precision, replayed if settings.kl_weight else [])
+
+        # 6. From there, or from where an earlier call was killed, epoch by epoch.
         course = Course(
             learner,
             corpus,
@@ -185,13 +186,14 @@ def fine_tune(
         # 7. The average of the best epochs or the best alone, all the way from the first step or part of it: whichever
         #    does best, if it beats the parent.
         trial = new_learner(copy.deepcopy(parent)).to(device)
-        add_level(trial.ranker.head, level)
+        trial.ranker.taste_model = learner.ranker.taste_model
         put_learned(trial.ranker, stepped)
         chosen, reason = choose_weights(course, trial, stop_slice)
         if chosen is None:
             result = ranker
         else:
             put_learned(parent, chosen)
+            parent.taste_model = learner.ranker.taste_model
             to_raw_units(parent.head, *units)
             result = parent.cpu().requires_grad_(True).eval()
     took_s = time.perf_counter() - started
@@ -201,7 +203,7 @@ def fine_tune(
         ranker=result,
         better=chosen is not None,
         reason=reason,
-        first_step=step,
+        first_step=weights,
         history=standing.history,
         steps=standing.step,
         lessons=len(lessons),
@@ -244,36 +246,48 @@ def _torch_for(settings: TrainingSettings) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _calibrate(
+def _scale(
     parent: Learner, corpus: Corpus, precision: Precision, unshown_weight: float, seen_K: NDArray[np.float64]
-) -> float:
-    """Scales the parent's click logits, in place, as its order of the lessons deserves; returns the level they lack.
-
-    Both go by clicks on places of which each is looked at so much (`seen_K`), the last standing for those after it.
-    """
-    among = list(range(0, len(corpus), max(len(corpus) // CALIBRATION_LESSONS, 1)))
+) -> None:
+    """Scales the parent's click logits, in place, as its order of the lessons deserves, the K places being so seen."""
+    among = _calibrating(corpus)
     logits = score_corpus(parent, corpus, precision, among)
-    lessons = [corpus.lessons[index] for index in among]
-    counts = [lesson.example.num_shown for lesson in lessons]
-    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-    real = pad([torch.ones(len(logits[index]), dtype=torch.bool) for index in among])
-    bias = [np.log(seen_K[np.minimum(np.arange(count), len(seen_K) - 1)]) for count in counts]
-    factor = best_scale(
-        pad([logits[index] for index in among]),
-        pad([torch.from_numpy(lesson.example.gains_N) for lesson in lessons]),
-        torch.arange(real.shape[1]) < torch.tensor(counts).unsqueeze(1),
-        real,
-        pad_logits([torch.from_numpy(of) for of in bias], real),
+    labels = corpus.labels(among)
+    bias = [_place_logits(corpus.lessons[index].example, seen_K) for index in among]
+    [factor] = best_factors(
+        pad_logits([logits[index] for index in among], labels.real).unsqueeze(0),
+        labels.gains,
+        labels.shown,
+        labels.real,
+        pad_logits([torch.from_numpy(of) for of in bias], labels.real),
+        [(1 / 16, 16.0)],
         unshown_weight=unshown_weight,
     )
-    scale_clicks(parent.ranker.head, factor)
+    scale_clicks(parent.ranker, factor)
+
+
+def _find_level(learner: Learner, corpus: Corpus, precision: Precision, seen_K: NDArray[np.float64]) -> float:
+    """Returns what the learner's click logits lack for clicks to be as likely as they were frequent."""
+    among = _calibrating(corpus)
+    logits = score_corpus(learner, corpus, precision, among)
+    lessons = [corpus.lessons[index] for index in among]
+    counts = [lesson.example.num_shown for lesson in lessons]
+    shown = [logits[index][:count].double().numpy() for index, count in zip(among, counts, strict=True)]
     return level_shift(
-        factor
-        * np.concatenate([logits[index][:count].double().numpy() for index, count in zip(among, counts, strict=True)])
-        + np.concatenate(bias),
+        np.concatenate(shown) + np.concatenate([_place_logits(lesson.example, seen_K) for lesson in lessons]),
         np.concatenate([lesson.example.clicked_N[:count] for lesson, count in zip(lessons, counts, strict=True)]),
         np.repeat([lesson.weight for lesson in lessons], counts),
     )
+
+
+def _calibrating(corpus: Corpus) -> list[int]:
+    return list(range(0, len(corpus), max(len(corpus) // CALIBRATION_LESSONS, 1)))
+
+
+def _place_logits(example: Example, seen_K: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Returns what the places of what was shown add to a click logit; the last of the K stands for those after it."""
+    result: NDArray[np.float64] = np.log(seen_K[np.minimum(np.arange(example.num_shown), len(seen_K) - 1)])
+    return result
 
 
 def _fingerprint(

@@ -1,79 +1,78 @@
-"""The first step of a fine-tune: the weights of all pairs of tags at once, along the gradient, as far as it helps.
+"""The first step of a fine-tune: tastes are learned anew, and weighed against the rest of the score.
 
-There is a weight for every taste and every tag, and far fewer slates that tell of them. Adam moves each weight as fast
-as any other, so it learns what one slate says of a rare pair as quickly as what hundreds say of a common one; the
-gradient over all examples moves each by its evidence. So learning begins with one step of steepest descent, its length
-chosen on the stop slice: a round of gradient boosting (Friedman 2001, "Greedy function approximation: a gradient
-boosting machine").
+What tags are worth to a user was said by features until then, one by one (`tailrace.responses`), and most of that is
+said better by a model that infers all of it together. So three parts of the click logits are weighed against each
+other on the stop slice: tastes, those features, and everything else.
 
-Shapes: B slates, N candidates, V buckets of tags.
+Shapes: B slates, N candidates.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
 import torch
-from scipy.optimize import minimize_scalar
+from numpy.typing import NDArray
 from torch import Tensor
 
-from training.course import score_batch
-from training.dataset import Corpus, Precision
-from training.learner import Learner, both_ways
-from training.losses import listwise_loss
+from tailrace.responses import TOPIC_NAMES
+from tailrace.tastes import TasteModel
+from training.examples import Example
+from training.learner import Learner, scale_clicks
 from training.stop_slice import StopSlice
+from training.taste_model import fit_taste_model
 
-_LONGEST = 64.0  # of the largest change of a weight, in logits per unit of taste: tags that tell all end there
-_NEAR_ENOUGH = 0.01
+_BOUNDS = ((0.0, 16.0), (0.0, 16.0), (1 / 16, 16.0))  # the last part scales the whole head
 
 
-def step_along_pairs(
-    learner: Learner, corpus: Corpus, stop: StopSlice, precision: Precision, *, unshown_weight: float
-) -> float:
-    """Changes the pair weights of the learner's head, in place, and returns by how much at most; 0 where nothing helps.
+class Weights(NamedTuple):
+    """How much of each part of the click logits is kept, as a factor."""
 
-    Logits are linear in the length of the step, and the listwise loss is convex in it, so the stop slice is scored at
-    two lengths only. Of a team, each calls this with its own part of the corpus, and all take the same step.
+    tastes: float
+    topics: float
+    rest: float
+
+
+def learn_tastes(
+    learner: Learner, examples: Sequence[Example], stop: StopSlice, seen_K: NDArray[np.float64]
+) -> Weights | None:
+    """Changes what the learner knows of tastes and the scale of its head, in place, and returns by which factors.
+
+    Returns None, and changes nothing, where the stop slice is explained no better. Of a team, each calls this with the
+    same examples, and all get the same.
     """
-    weights = learner.ranker.head.taste_weights
-    start, direction = weights.detach().clone(), _steepest(learner, corpus, precision, unshown_weight)
-    if not direction.any() or not torch.isfinite(direction).all():
-        return 0.0
-    before = stop.score(learner)
-    _put(weights, start + direction)
-    after = stop.score(learner)
+    ranker = learner.ranker
+    fitted = fit_taste_model(examples, seen_K, ranker.taste_model) if stop.tells else None
+    if fitted is None:
+        return None
+    # 1. The parts of the logits, by leaving each of them out.
+    before, prior = ranker.taste_model, ranker.head.prior.detach().clone()
+    of_topics = torch.tensor([name in TOPIC_NAMES for name in ranker.feature_names], device=prior.device)
 
-    def loss(length: float) -> float:
-        figures = stop.judge(learner, {index: torch.lerp(before[index], after[index], length) for index in before})
-        return float("inf") if figures is None else figures.loss
+    def score(taste_model: TasteModel, prior: Tensor) -> Tensor:
+        ranker.taste_model = taste_model
+        _put(ranker.head.prior, prior)
+        return stop.score(learner)
 
-    found = minimize_scalar(loss, bounds=(0.0, _LONGEST), method="bounded", options={"xatol": _NEAR_ENOUGH})
-    length = float(found.x) if found.fun < loss(0.0) else 0.0
-    _put(weights, start + length * direction if length else start)
-    return length
-
-
-def _steepest(learner: Learner, corpus: Corpus, precision: Precision, unshown_weight: float) -> Tensor:
-    """Returns the direction [V,V] in which the listwise loss of all lessons falls most, its largest element 1."""
-    head = learner.ranker.head
-    total = torch.zeros_like(head.taste_weights)
-    learner.eval()
-    for chosen in corpus.passes(range(len(corpus))):
-        labels = corpus.labels(chosen)
-        own_B = [corpus.team.owns(index) for index in chosen]
-        taught = int(((labels.gains * labels.shown).sum(1) > 0).sum())
-        with torch.no_grad():
-            scores = score_batch(learner, corpus, chosen, labels, precision)
-        if not taught or not any(own_B):
-            continue
-        # 1. What each logit should have been raised by.
-        logits_BN = (scores.logits + scores.place_bias).requires_grad_()
-        loss = listwise_loss(logits_BN, labels.gains, labels.shown, labels.real, unshown_weight=unshown_weight)
-        raise_BN = -taught * torch.autograd.grad(loss, logits_BN)[0]
-        # 2. And by it each pair: no gradient has to pass through a layer.
-        batch = corpus.batch([index for index, own in zip(chosen, own_B, strict=True) if own])
-        worth_BN = head.tag_worth(batch.tastes, batch.tags)
-        raised = (raise_BN[own_B][:, : worth_BN.shape[1]] * worth_BN).sum()
-        total += torch.autograd.grad(raised, head.taste_weights)[0]
-    total = both_ways(corpus.team.add_up(total))
-    largest = total.abs().max()
-    return total / largest if largest > 0 else total
+    rest = score(TasteModel.ignorant(), prior.masked_fill(of_topics, 0.0))
+    with_topics = score(TasteModel.ignorant(), prior)
+    whole = score(fitted, prior)
+    parts = torch.stack([whole - with_topics, with_topics - rest, rest])
+    # 2. How much of each explains best what was shown. What was not is what the logging model thought little of, so it
+    #    would speak for the parts that this model was made of.
+    weights = Weights(*stop.weigh(learner, parts, _BOUNDS, unshown_weight=0.0))
+    ranker.taste_model = replace(fitted, gain=weights.tastes / weights.rest)
+    _put(ranker.head.prior, torch.where(of_topics, prior * (weights.topics / weights.rest), prior))
+    scale_clicks(ranker, weights.rest)
+    # 3. Kept where it is better than the parent.
+    after = stop.measure(learner)
+    if after is not None and after.loss < after.parent_loss:
+        return weights
+    scale_clicks(ranker, 1 / weights.rest)
+    ranker.taste_model = before
+    _put(ranker.head.prior, prior)
+    return None
 
 
 def _put(weights: Tensor, values: Tensor) -> None:

@@ -95,14 +95,13 @@ def _ndcg_checks(champion: Evaluation, challenger: Evaluation, settings: GateSet
     differences_E = own_E - usual_E
     found = float(differences_E.mean())
     lowest = _lowest_mean(differences_E, challenger.readers_E[tell_E], settings, seed)
-    what = "NDCG@10, position bias taken out," if challenger.unbiased else "NDCG@10"
     return [
         Check(
             "ndcg_10",
             lowest,
             -settings.margin,
             lowest >= -settings.margin,
-            f"{what} {usual_E.mean():.4f} → {own_E.mean():.4f} ({found:+.4f}); with "
+            f"NDCG@10 as judged {usual_E.mean():.4f} → {own_E.mean():.4f} ({found:+.4f}); with "
             f"{settings.confidence:.0%} confidence at least {lowest:+.4f}, where {-settings.margin:+.4f} is allowed",
         ),
         _at_least("no loss found", found, -settings.max_found_loss, "NDCG@10 found {:+.4f}, at least {:+.4f}"),

@@ -20,7 +20,6 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from torch import Tensor, nn
 from torch.jit._trace import TracerWarning
 
-from tailrace.tastes import BUCKETS
 from training.model import SplitRanker
 
 Precision = Literal["int8", "fp16", "fp32"]
@@ -66,7 +65,7 @@ def trace_graphs(ranker: SplitRanker) -> dict[str, onnx.ModelProto]:
     slate_states = states.expand(2, *states.shape).contiguous()
     slate_mask = state_mask.expand(2, *state_mask.shape).contiguous()
     features = torch.zeros(2, 3, len(ranker.feature_names))
-    tastes, tags = torch.zeros(2, BUCKETS), torch.zeros(2, 3, 2, dtype=torch.int64)
+    tag_worth = torch.zeros(2, 3)
 
     users = {"user_tokens": {0: "B", 1: "U"}, "user_mask": {0: "B", 1: "U"}}
     encoded_users = {"user_keys": {0: "B", 4: "U"}, "user_values": {0: "B", 3: "U"}, "user_vectors": {0: "B"}}
@@ -75,8 +74,8 @@ def trace_graphs(ranker: SplitRanker) -> dict[str, onnx.ModelProto]:
     encoded_items = {"item_states": {0: "N", **kept}, "item_state_mask": {0: "N", **kept}, "item_vectors": {0: "N"}}
     slate = {0: "B", 1: "N"}
     slate_kept = {} if ranker.item_states else {2: "T"}
-    candidates = {"item_states": slate | slate_kept, "item_state_mask": slate | slate_kept, "features": slate}
-    liked = {"tastes": {0: "B"}, "tags": slate | {2: "K"}}
+    candidates = {"item_states": slate | slate_kept, "item_state_mask": slate | slate_kept}
+    candidates |= {"features": slate, "tag_worth": slate}
     scores = {"click_logits": slate, "ratings": slate, "pooled_states": slate}
     return {
         "user_encoder": trace_graph(
@@ -87,10 +86,10 @@ def trace_graphs(ranker: SplitRanker) -> dict[str, onnx.ModelProto]:
         ),
         "scorer": trace_graph(
             _Scorer(ranker),
-            (keys, values, user_tokens, vectors, slate_states, slate_mask, features, tastes, tags),
-            ["user_keys", "user_values", "user_mask", "user_vectors", *candidates, *liked],
+            (keys, values, user_tokens, vectors, slate_states, slate_mask, features, tag_worth),
+            ["user_keys", "user_values", "user_mask", "user_vectors", *candidates],
             scores,
-            encoded_users | {"user_mask": users["user_mask"]} | candidates | liked,
+            encoded_users | {"user_mask": users["user_mask"]} | candidates,
         ),
     }
 

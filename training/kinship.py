@@ -16,8 +16,7 @@ from tailrace.errors import ParityError
 from tailrace.model_card import load_ranker_card
 from training.export import TOKENIZER_FILE, WEIGHTS_FILE
 
-# What a card says of its version alone. Buckets of tags are the program's: none, in cards from before they were told.
-_OWN = {"version", "prior", "tag_buckets"}
+_OWN = {"version", "prior"}  # what a card says of its version alone
 _EMBEDS = "bert."  # the weights that no round changes
 _LARGEST = 1e5  # no learning rate brings a weight so far; one may sleep in a unit that only an unseen text wakes
 

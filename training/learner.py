@@ -1,11 +1,11 @@
 """A ranker while it learns: which of its weights do, in which units, and what is there in training only.
 
-Shapes: B slates, N candidates, T states per item, H hidden size, F features, V buckets of tags, K
-positions.
+Shapes: B slates, N candidates, T states per item, H hidden size, F features, K positions.
 """
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -68,9 +68,7 @@ class Learner(nn.Module):
                 self.first_layer,
                 len(self.ranker.bert.stack),
             )
-        return self.ranker.judge(
-            batch.user_vectors, states.float(), batch.state_mask, batch.features, batch.tastes, batch.tags
-        )
+        return self.ranker.judge(batch.user_vectors, states.float(), batch.state_mask, batch.features, batch.tag_worth)
 
     def place_bias(self, shown: Tensor) -> Tensor:
         """Returns [B,N], to be added to the logits: what each candidate's place adds, 0 where it was not shown."""
@@ -156,18 +154,14 @@ def level_shift(logits_R: NDArray[np.floating], clicked_R: NDArray[np.bool_], we
     return (low + high) / 2
 
 
-def scale_clicks(head: Head, factor: float) -> None:
-    """Multiplies every click logit by `factor`, in place; ratings stay as they are."""
+def scale_clicks(ranker: SplitRanker, factor: float) -> None:
+    """Multiplies every click logit by `factor`, in place; ratings stay nearly as they are."""
+    head = ranker.head
     with torch.no_grad():
-        weights = (head.prior, head.outer.weight[0], head.outer.bias[0], head.match_gain[0])
-        for weight in (*weights, head.taste_weights, head.tag_weights):
+        for weight in (head.prior, head.outer.weight[0], head.outer.bias[0], head.match_gain[0]):
             weight.mul_(factor)
         head.rating_affine[0] /= factor
-
-
-def both_ways(pairs_VV: Tensor) -> Tensor:
-    """Returns the part of it that is the same both ways."""
-    return (pairs_VV + pairs_VV.T) / 2
+    ranker.taste_model = replace(ranker.taste_model, gain=factor * ranker.taste_model.gain)
 
 
 def add_level(head: Head, shift: float) -> None:

@@ -4,9 +4,12 @@ Shapes: B slates, N candidates, padded; float32 unless said otherwise. Every fun
 slate has anything to say on the matter, and then no gradient either.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.optimize import minimize
 from torch import Tensor
 
 _NEVER = -1e9  # the logit of what is not there: far below any real one, and finite, so that 0 times it is 0
@@ -74,27 +77,34 @@ def anchor_loss(weights: Mapping[str, Tensor], anchors: Mapping[str, Tensor]) ->
     return torch.stack([((weights[name] - anchor) ** 2).sum() for name, anchor in anchors.items()]).sum() / 2
 
 
-def best_scale(
-    logits_BN: Tensor,
+def best_factors(
+    parts_PBN: Tensor,
     gains_BN: Tensor,
     shown_BN: Tensor,
     real_BN: Tensor,
     bias_BN: Tensor,
+    bounds: Sequence[tuple[float, float]],
     *,
     unshown_weight: float,
-) -> float:
-    """Returns the factor, from 1/16 to 16, by which the logits explain the gains best; 1 where none is better.
+) -> list[float]:
+    """Returns by how much to multiply each of P parts of the logits for their sum to explain the gains best; else ones.
 
-    Temperature scaling (Guo et al. 2017, "On calibration of modern neural networks"). It orders nothing anew, and
-    leaves the position bias, which is added afterwards, as it is.
+    Temperature scaling (Guo et al. 2017, "On calibration of modern neural networks"), of one part or of several. The
+    loss is convex in the factors, each of which stays within its bounds. The position bias, which is added afterwards,
+    stays as it is.
     """
-    factors = 2 ** torch.linspace(-4, 4, 65)
-    losses = [
-        float(listwise_loss(factor * logits_BN + bias_BN, gains_BN, shown_BN, real_BN, unshown_weight=unshown_weight))
-        for factor in factors
-    ]
-    least = min(range(len(losses)), key=losses.__getitem__)
-    return float(factors[least]) if losses[least] < losses[len(losses) // 2] else 1.0
+    parts_PBN, bias_BN = parts_PBN.double(), bias_BN.double()
+
+    def loss(factors_P: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        factors = torch.from_numpy(factors_P).to(parts_PBN.device).requires_grad_()
+        logits_BN = torch.tensordot(factors, parts_PBN, dims=1) + bias_BN
+        found = listwise_loss(logits_BN, gains_BN, shown_BN, real_BN, unshown_weight=unshown_weight)
+        found.backward()  # type: ignore[no-untyped-call]
+        return found.item(), np.zeros(len(factors)) if factors.grad is None else factors.grad.cpu().numpy()
+
+    ones = np.ones(len(parts_PBN))
+    found = minimize(loss, ones, jac=True, method="L-BFGS-B", bounds=list(bounds))
+    return [float(factor) for factor in (found.x if found.fun < loss(ones)[0] else ones)]
 
 
 def ndcg(logits_BN: Tensor, gains_BN: Tensor, shown_BN: Tensor, *, top: int = 10) -> Tensor:

@@ -8,7 +8,7 @@ user's keys and values of that layer and to the states of its own item. k=0 with
 user half is shared by all candidates; k=L is two towers.
 
 Shapes: B requests, N candidates, U user tokens, S item tokens, T states per item, L layers, h heads, d head size, H
-hidden size (h*d), F features, V buckets of tags, K tags of an item. Masks are 1 for real and 0 for padding, which
+hidden size (h*d), F features. Masks are 1 for real and 0 for padding, which
 stands to the right.
 """
 
@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from tailrace.tastes import TasteModel
 from training.bert import Bert, BertLayer
 from training.head import Head
 
@@ -61,6 +62,7 @@ class SplitRanker(nn.Module):
         # do, stay valid from version to version: a swap encodes no item anew.
         self.ranking = nn.ModuleList(copy.deepcopy(layer) for layer in bert.stack[split_layer:])
         self.to_vector = TextVector()
+        self.taste_model = TasteModel.ignorant()  # what `tag_worth` comes from; no part of a graph
         self.head = Head(bert.shape.hidden_size, feature_names, prior, head_width)
 
     @property
@@ -75,8 +77,7 @@ class SplitRanker(nn.Module):
         item_tokens: Tensor,
         item_mask: Tensor,
         features: Tensor,
-        tastes: Tensor,
-        tags: Tensor,
+        tag_worth: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Returns click logits [B,N] and ratings [B,N] for tokens [B,U] and [B,N,S], as serving does in three steps."""
         batch, count, width = item_tokens.shape
@@ -92,8 +93,7 @@ class SplitRanker(nn.Module):
             states.reshape(batch, count, *states.shape[1:]),
             state_mask.reshape(batch, count, -1),
             features,
-            tastes,
-            tags,
+            tag_worth,
         )[:2]
 
     def encode_users(
@@ -146,8 +146,7 @@ class SplitRanker(nn.Module):
         states: Tensor,
         state_mask: Tensor,
         features: Tensor,
-        tastes: Tensor,
-        tags: Tensor,
+        tag_worth: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns click logits [B,N], ratings [B,N] and the pooled top states [B,N,H] of candidates [B,N,T,H]."""
         batch, count, per_item, hidden = states.shape
@@ -161,7 +160,7 @@ class SplitRanker(nn.Module):
             )
         pooled = masked_mean(states.reshape(batch * count, per_item, hidden), state_mask.reshape(-1, per_item))
         pooled = pooled.reshape(batch, count, hidden)
-        click_logits, ratings = self.head(pooled, user_vectors, features, tastes, tags)
+        click_logits, ratings = self.head(pooled, user_vectors, features, tag_worth)
         return click_logits, ratings, pooled
 
     def read_alone(self, tokens: Tensor, mask: Tensor, table: Tensor | None = None) -> Tensor:
@@ -205,14 +204,13 @@ class SplitRanker(nn.Module):
         states: Tensor,
         state_mask: Tensor,
         features: Tensor,
-        tastes: Tensor,
-        tags: Tensor,
+        tag_worth: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Returns click logits [B,N] and ratings [B,N] from the top item states that `advance` ends with."""
         batch, count, per_item, hidden = states.shape
         pooled = masked_mean(states.reshape(-1, per_item, hidden), state_mask.reshape(-1, per_item))
         pooled = pooled.reshape(batch, count, hidden)
-        judged: tuple[Tensor, Tensor] = self.head(pooled, user_vectors, features, tastes, tags)
+        judged: tuple[Tensor, Tensor] = self.head(pooled, user_vectors, features, tag_worth)
         return judged
 
     def _attend_jointly(

@@ -19,7 +19,6 @@ from tokenizers import Tokenizer
 
 from tailrace.errors import ParityError
 from tailrace.model_card import RankerCard
-from tailrace.tastes import BUCKETS, MOST_TAGS
 from training.model import SplitRanker
 
 PARITY_FILE = "parity.json"
@@ -108,8 +107,7 @@ def measure_parity(
     features = drawn * ranker.head.feature_std.numpy() + ranker.head.feature_mean.numpy()
     feeds["features"] = features.astype(np.float32)
     rng = np.random.default_rng(8)
-    feeds["tastes"] = rng.standard_normal((NUM_USERS, BUCKETS)).astype(np.float32)
-    feeds["tags"] = rng.integers(BUCKETS + 1, size=(NUM_USERS, NUM_ITEMS, MOST_TAGS))
+    feeds["tag_worth"] = rng.standard_normal((NUM_USERS, NUM_ITEMS)).astype(np.float32)
 
     truth = _answer(_torch_runs(ranker), feeds)
     words = ranker.bert.words.weight.detach().numpy()
@@ -198,9 +196,7 @@ def _torch_runs(ranker: SplitRanker) -> dict[str, Run]:
     return {
         "user_encoder": _torch_run(ranker.encode_users, "user_tokens", "user_mask"),
         "item_encoder": _torch_run(ranker.encode_items, "item_tokens", "item_mask"),
-        "scorer": _torch_run(
-            ranker.score, *encoded_users, "item_states", "item_state_mask", "features", "tastes", "tags"
-        ),
+        "scorer": _torch_run(ranker.score, *encoded_users, "item_states", "item_state_mask", "features", "tag_worth"),
     }
 
 
@@ -240,8 +236,7 @@ def _answer(runs: Mapping[str, Run], feeds: Feeds) -> Answers:
             "item_states": np.broadcast_to(states.astype(np.float16).astype(np.float32), shape),
             "item_state_mask": np.broadcast_to(state_mask, shape[:3]),
             "features": feeds["features"],
-            "tastes": feeds["tastes"],
-            "tags": feeds["tags"],
+            "tag_worth": feeds["tag_worth"],
         }
     )
     return Answers(*(np.asarray(found, np.float32) for found in (user_vectors, item_vectors, pooled, logits, ratings)))

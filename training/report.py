@@ -21,7 +21,7 @@ from training.report_plots import plot_intervals, plot_losses, plot_reliability
 # Name in an evaluation: what a reader calls it, and which way is better, +1 or -1; 0 where neither is.
 FIGURES: Mapping[str, tuple[str, int]] = {
     "ndcg_10": ("NDCG@10", 1),
-    "ndcg_10_unbiased": ("NDCG@10, position bias taken out", 1),
+    "ndcg_10_judged": ("NDCG@10, as the gate judges", 1),
     "mrr": ("MRR", 1),
     "hit_3": ("HR@3", 1),
     "hit_10": ("HR@10", 1),

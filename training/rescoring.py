@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tailrace.features import utilities
+from tailrace.tastes import TasteModel
 from training.examples import Example
 
 Floats = NDArray[np.float32]
@@ -27,6 +28,10 @@ _TEXTS_PER_STEP = 128
 
 class BundleScorer(Protocol):
     """What `services.scorer.Scorer` is: one version of the ranker at the precision that would serve."""
+
+    @property
+    def taste_model(self) -> TasteModel:
+        """What it knows of tastes."""
 
     @property
     def encoders(self) -> tuple[Hashable, Hashable]:
@@ -44,8 +49,7 @@ class BundleScorer(Protocol):
         states_BNTH: NDArray[np.floating],
         mask_BNT: NDArray[np.bool_],
         features_BNF: Floats,
-        tastes_BV: Floats,
-        tags_BNK: NDArray[np.integer],
+        tag_worth_BN: Floats,
     ) -> tuple[Floats, Floats]:
         """Returns click logits [B,N] and ratings [B,N]."""
 
@@ -179,7 +183,6 @@ def _score_one(
         table.states_MTH[rows][None],
         table.mask_MT[rows][None],
         example.features_NF[among][None],
-        example.tastes.user_V[None],
-        example.tastes.tags_NK[among][None],
+        scorer.taste_model.worth_of(example.tastes.among(among))[None],
     )
     return utilities(clicks_BN[0], ratings_BN[0], rating_weight).astype(np.float32)

@@ -19,6 +19,7 @@ from training.evaluate import Evaluation
 from training.examples import Example, JoinCounts
 from training.export import ExportReport
 from training.fine_tune import FineTuned
+from training.first_step import Weights
 from training.gate import Verdict
 from training.log_window import LogWindow
 from training.record import TrainingRecord
@@ -172,8 +173,15 @@ def _report(this: Round) -> str:
         moves=this.contest.moves,
         notes=[
             tuned.reason,
-            f"the first step moved pairs of tags by up to {tuned.first_step:.3g}",
+            _describe_step(tuned.first_step),
             f"{tuned.impressions_per_s:.0f} impressions/s in {tuned.precision}",
         ],
     )
     return str(write_report(this.folder, facts)[1])
+
+
+def _describe_step(weights: Weights | None) -> str:
+    if weights is None:
+        return "tastes learned anew explain the stop slice no better"
+    tastes, topics, rest = weights
+    return f"parts kept: {tastes:.2f} of tastes learned anew, {topics:.2f} of topics' features, {rest:.2f} of the rest"

@@ -8,7 +8,7 @@ Shapes: E examples, S shown items of the longest slate, M columns, R resamples, 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -78,15 +78,13 @@ def ndcgs(slates: Slates, top: int) -> Reals:
     return _divide(*gained(slates, top))
 
 
-def unbiased_ndcgs(slates: Slates, examination_K: Reals, top: int) -> Reals:
-    """Returns float64 [E]: NDCG with each gain divided by the chance that its place was looked at.
+def pooled_ndcgs(slates: Slates, top: int) -> Reals:
+    """Returns float64 [E]: NDCG of each slate's gains, by the mean ideal of all of them.
 
-    Divided by the mean ideal of all slates, where `ndcgs` divides each by its own: that would undo the weights of a
-    slate with one gain. So a slate may exceed 1, and the mean does not favour the order that was logged
-    (Joachims, Swaminathan and Schnabel 2017). Places below the last of `examination_K` are seen like it.
+    `ndcgs` divides each slate by its own ideal, so a slate with one gain says as much as one with ten, and gains that
+    are weighted, or only expected, lose their weights where a slate has few. Here a slate may exceed 1.
     """
-    places = np.minimum(np.arange(slates.gains_ES.shape[1]), len(examination_K) - 1)
-    found_E, ideal_E = gained(replace(slates, gains_ES=slates.gains_ES / examination_K[places]), top)
+    found_E, ideal_E = gained(slates, top)
     return _divide(found_E, np.where(ideal_E > 0, ideal_E.sum() / max(int((ideal_E > 0).sum()), 1), 0.0))
 
 

@@ -3,7 +3,7 @@
 Shapes: B examples, N candidates.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from training.dataset import Corpus, Precision
 from training.learner import Learner
-from training.losses import listwise_loss, ndcg
+from training.losses import best_factors, listwise_loss, ndcg
 
 
 @dataclass(frozen=True)
 class StopFigures:
-    """The stop slice under one model: mean listwise loss, the parent's with the same position bias, mean NDCG@10."""
+    """The stop slice under one model: mean listwise loss, the parent's at its best, mean NDCG@10."""
 
     loss: float
     parent_loss: float
@@ -28,44 +28,49 @@ class StopSlice:
 
     def __init__(self, corpus: Corpus, parent: Learner, precision: Precision, unshown_weight: float) -> None:
         self._corpus, self._precision, self._unshown_weight = corpus, precision, unshown_weight
-        self._parent_logits = score_corpus(parent, corpus, precision, range(len(corpus)))
+        # Without a slate that has a gain nothing can be told of anybody.
+        self.tells = any(example.gains_N[: example.num_shown].any() for example in corpus.examples)
+        if self.tells:
+            self._labels = corpus.labels(range(len(corpus)))
+            self._parent = self.score(parent)
 
     def measure(self, learner: Learner) -> StopFigures | None:
-        """Returns how the learner does, or None where no slate has a gain and so none can tell.
+        """Returns how the learner does, or None where no slate tells.
 
         Clicks were logged under the parent's order, so a position bias left out would speak for the parent; both
-        models are given the learner's.
+        models are given the learner's. The parent's logits are taken at the scale that suits the slice best, for a
+        scale orders nothing anew.
         """
-        return self.judge(learner, self.score(learner))
+        if not self.tells:
+            return None
+        labels = self._labels
+        with torch.no_grad():
+            logits, bias = self.score(learner), learner.place_bias(labels.shown)
+        parent = self._parent * self.weigh(learner, self._parent.unsqueeze(0), [(1 / 16, 16.0)])[0]
+        own, usual = (
+            listwise_loss(one + bias, labels.gains, labels.shown, labels.real, unshown_weight=self._unshown_weight)
+            for one in (logits, parent)
+        )
+        return StopFigures(float(own), float(usual), float(ndcg(logits, labels.gains, labels.shown).nanmean()))
 
-    def score(self, learner: Learner) -> dict[int, Tensor]:
-        """Returns the learner's click logits [N] of each example by its number."""
-        return score_corpus(learner, self._corpus, self._precision, range(len(self._corpus)))
+    def score(self, learner: Learner) -> Tensor:
+        """Returns the learner's click logits [B,N], 0 where there is no candidate."""
+        found = score_corpus(learner, self._corpus, self._precision, range(len(self._corpus)))
+        return pad_logits(list(found.values()), self._labels.real)
 
-    def judge(self, learner: Learner, found: Mapping[int, Tensor]) -> StopFigures | None:
-        """Returns what `measure` would of a learner that has the same position bias and says so."""
-        slates, loss, parent_loss, gained = 0, 0.0, 0.0, 0.0
-        for chosen in self._corpus.passes(range(len(self._corpus))):
-            labels = self._corpus.labels(chosen)
-            taught = int(((labels.gains * labels.shown).sum(1) > 0).sum())
-            if not taught:
-                continue
-            logits, parents = (
-                pad_logits([of[index] for index in chosen], labels.real) for of in (found, self._parent_logits)
-            )
-            with torch.no_grad():
-                bias = learner.place_bias(labels.shown)
-                losses = [
-                    listwise_loss(
-                        one + bias, labels.gains, labels.shown, labels.real, unshown_weight=self._unshown_weight
-                    )
-                    for one in (logits, parents)
-                ]
-            slates += taught
-            loss += taught * float(losses[0])
-            parent_loss += taught * float(losses[1])
-            gained += float(ndcg(logits, labels.gains, labels.shown).nansum())
-        return StopFigures(loss / slates, parent_loss / slates, gained / slates) if slates else None
+    def weigh(
+        self,
+        learner: Learner,
+        parts_PBN: Tensor,
+        bounds: Sequence[tuple[float, float]],
+        unshown_weight: float | None = None,
+    ) -> list[float]:
+        """Returns by how much to multiply each part of the logits for their sum to explain the slice best."""
+        labels = self._labels
+        with torch.no_grad():
+            bias = learner.place_bias(labels.shown)
+        weight = self._unshown_weight if unshown_weight is None else unshown_weight
+        return best_factors(parts_PBN, labels.gains, labels.shown, labels.real, bias, bounds, unshown_weight=weight)
 
 
 def score_corpus(learner: Learner, corpus: Corpus, precision: Precision, among: Sequence[int]) -> dict[int, Tensor]:
@@ -76,7 +81,7 @@ def score_corpus(learner: Learner, corpus: Corpus, precision: Precision, among: 
     said = torch.zeros(len(numbers), max((widths[index] for index in numbers), default=0), device=corpus.device)
     for chosen in corpus.passes([index for index in numbers if corpus.team.owns(index)]):
         with torch.no_grad():
-            logits = learner(corpus.batch(chosen), precision)[0]
+            logits = learner(corpus.batch(chosen, learner.ranker.taste_model), precision)[0]
         said[[rows[index] for index in chosen], : logits.shape[1]] = logits
     found = corpus.team.add_up(said).cpu()
     return {index: row[: widths[index]] for index, row in zip(numbers, found, strict=True)}

@@ -25,7 +25,6 @@ from services.loaded_model import LoadedModel
 from tailrace.features import FEATURE_NAMES, PRIOR_WEIGHTS
 from tailrace.ids import ModelVersion
 from tailrace.settings import Settings, TrainingSettings, load_settings
-from tailrace.tastes import no_tastes
 from tests.bench.ranker import ITEM_TEXT, USER_TEXT
 from tests.bench.report import GPU_RESULTS, Row, figure, save_results
 from tests.bench.training import make_example
@@ -90,7 +89,7 @@ def _request(model: LoadedModel, items: EncodedItems, number: int) -> None:
     deadline = time.monotonic() + _PATIENCE_S
     user = model.encode_user(f"reader {number}; {USER_TEXT}", deadline)
     features_NF = np.random.default_rng(number).normal(size=(NUM_CANDIDATES, len(FEATURE_NAMES))).astype(np.float32)
-    model.score(user, items, features_NF, no_tastes(NUM_CANDIDATES), deadline)
+    model.score(user, items, features_NF, np.zeros(NUM_CANDIDATES, np.float32), deadline)
 
 
 def _ask(request: Callable[[int], None], callers: int) -> tuple[Sequence[float], float]:

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from services.scorer import EncodedItems, Scorer
 from tailrace.ids import ModelVersion
-from tailrace.tastes import no_tastes
 from tests.bench.report import Row
 from training.bert import PACKAGED, Bert, load_base
 from training.export import export_bundle
@@ -157,8 +156,7 @@ def _request(scorer: Scorer, items: EncodedItems) -> Callable[[], object]:
 
 def _numbers() -> tuple[np.ndarray, ...]:
     features = np.zeros((1, NUM_CANDIDATES, len(FEATURE_NAMES)), np.float32)
-    tastes = no_tastes(NUM_CANDIDATES)
-    return features, tastes.user_V[None], tastes.tags_NK[None]
+    return features, np.zeros((1, NUM_CANDIDATES), np.float32)
 
 
 def _pairwise(graph: Path, items: list[str], threads: int, size: int) -> Callable[[], object]:

@@ -14,7 +14,6 @@ from uuid import uuid4
 import msgspec
 import numpy as np
 import pytest
-import torch
 
 from services.bodies import Asked, ModelStatus, RankedAnswer, RecommendationRequest
 from services.encodings import ItemEncodings
@@ -32,10 +31,9 @@ from tailrace.kafka_clients import create_topics, open_producer
 from tailrace.pointer import assigned_version
 from tailrace.registry import Registry, announce, open_registry
 from tailrace.settings import Settings, load_settings
-from tailrace.tastes import make_tastes
 from tailrace.topics import tailrace_topics
 from tests.fakes import WordVectors
-from training.export import build_version_zero, export_bundle, load_ranker
+from training.export import build_version_zero
 
 NOW_MS = 1_790_000_000_000
 
@@ -239,11 +237,7 @@ def test_encodings_kept_on_disk_are_used_again_and_a_damaged_file_is_not(tmp_pat
 
 def test_users_cached_and_stacked_score_as_they_do_alone(bundle: Path, tmp_path: Path) -> None:
     settings = load_settings(None, {}, data_dir=str(tmp_path))
-    ranker, tokenizer, _ = load_ranker(bundle)
-    torch.nn.init.normal_(ranker.head.taste_weights)  # what a version has learned of tastes
-    version = ModelVersion("v1")
-    export_bundle(ranker, tokenizer, tmp_path / "learned", version=version, precisions=("int8",))
-    model = LoadedModel.load(tmp_path / "learned", version, settings)
+    model = LoadedModel.load(bundle, ModelVersion("v0"), settings)
     catalogue = Catalogue()
     for number in range(6):
         item = Item(item_id=f"i{number}", title=f"Book number {number}")
@@ -256,14 +250,13 @@ def test_users_cached_and_stacked_score_as_they_do_alone(bundle: Path, tmp_path:
     _, first_four = model.encodings.gather(np.arange(4))
     users = [model.encode_user(text, deadline) for text in ("short", "a much longer text about a user who reads")]
     assert model.encode_user("short", deadline) is users[0]
-    tags_N = [["war"], ["sea", "war"], [], ["ghosts"], ["sea"], ["ghosts", "sea"]]
-    tastes = [make_tastes({"war": 1.0}, tags_N), make_tastes({"sea": 2.0, "ghosts": -1.0}, tags_N)]
-    alone = [model.score(user, items, features, liked, deadline)[0] for user, liked in zip(users, tastes, strict=True)]
-    assert np.abs(alone[0] - alone[1]).max() > 0.2  # tastes tell
+    worths = np.random.default_rng(0).normal(size=(2, 6)).astype(np.float32)
+    alone = [model.score(user, items, features, worth, deadline)[0] for user, worth in zip(users, worths, strict=True)]
+    assert np.abs(alone[0] - alone[1]).max() > 0.2  # they tell
 
     jobs = [
-        ScoreJob(users[0], first_four, features[:4], tastes[0].among(np.arange(4))),
-        ScoreJob(users[1], items, features, tastes[1]),
+        ScoreJob(users[0], first_four, features[:4], worths[0, :4]),
+        ScoreJob(users[1], items, features, worths[1]),
     ]
     together = model.score_together(jobs)
     np.testing.assert_allclose(together[0][0], alone[0][:4], atol=0.05)

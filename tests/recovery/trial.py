@@ -35,7 +35,6 @@ from tailrace.items import Item
 from tailrace.registry import open_registry
 from tailrace.rounds import RoundRecord, open_round_log
 from tailrace.settings import load_settings
-from tailrace.tastes import no_tastes
 from tests.made_up_slates import make_example
 from tests.recovery.poisons import FARMED, POPULAR, Poison
 from tests.recovery.scene import wait_until
@@ -274,7 +273,7 @@ class Trial:
             _, items = model.encodings.gather(self._catalogue.rows(item_ids))
             try:
                 user = model.encode_user(f"likes number {len(visit.user_id)}", deadline)
-                clicks_N, ratings_N = model.score(user, items, visit.features_NF, no_tastes(LIVE), deadline)
+                clicks_N, ratings_N = model.score(user, items, visit.features_NF, np.zeros(LIVE, np.float32), deadline)
                 scores_N = clicks_N + self.settings.slate.rating_weight * ratings_N
             except ScoringError:
                 model.tally.note_no_answer()

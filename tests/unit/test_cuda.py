@@ -18,7 +18,6 @@ from services.scorer import Scorer
 from tailrace.features import FEATURE_NAMES, PRIOR_WEIGHTS
 from tailrace.ids import ModelVersion
 from tailrace.settings import TrainingSettings, load_settings
-from tailrace.tastes import make_tastes
 from tests.bench.training import make_example
 from training.bert import PACKAGED, load_base
 from training.export import export_bundle, load_ranker
@@ -36,22 +35,21 @@ FP16 = TOLERANCES["fp16"]
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ranker whose head listens to texts and tastes, as it serves, and in fp32 to compare with."""
+    """A ranker whose head listens to texts, as it serves, and in fp32 to compare with."""
     bert, tokenizer = load_base(PACKAGED)
     torch.manual_seed(0)
     ranker = SplitRanker(bert, feature_names=FEATURE_NAMES, prior=PRIOR_WEIGHTS)
-    for weight in (ranker.head.outer.weight, ranker.head.match_gain, ranker.head.taste_weights):
+    for weight in (ranker.head.outer.weight, ranker.head.match_gain):
         torch.nn.init.normal_(weight, std=0.3)
     directory = tmp_path_factory.mktemp("cuda") / "v0"
     export_bundle(ranker, tokenizer, directory, version=ModelVersion("v0"), precisions=("fp16", "fp32"))
     return directory
 
 
-def random_numbers(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def random_numbers(count: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(5)
-    tastes = make_tastes({"sea": 1.5, "chess": -2.0}, [["sea"], ["chess", "winter"], []] * count)
     features = rng.normal(size=(1, count, len(FEATURE_NAMES))).astype(np.float32)
-    return features, tastes.user_V[None], tastes.tags_NK[None, :count]
+    return features, rng.normal(size=(1, count)).astype(np.float32)
 
 
 def test_fp16_on_the_gpu_scores_as_fp32_on_the_cpu_does(bundle: Path) -> None:
@@ -93,15 +91,15 @@ def test_model_on_the_gpu_answers_callers_at_once_as_it_answers_each_alone(bundl
     for model in models:
         model.start()
     items = EncodedItems(ITEMS, *models[0].encode_items(ITEMS))
-    tastes = make_tastes({"sea": 1.5}, [["sea"]] * len(ITEMS))
 
     def ask(model: LoadedModel, number: int) -> np.ndarray:
         deadline = time.monotonic() + 60
         count = 1 + number % len(ITEMS)  # slates of several sizes are padded in a batch
         user = model.encode_user(f"{USERS[number % len(USERS)]}; {'more and ' * (number % 7)} {number}", deadline)
         chosen = EncodedItems(ITEMS[:count], items.states_NTH[:count], items.mask_NT[:count], items.vectors_ND[:count])
-        features = np.random.default_rng(number).normal(size=(count, len(FEATURE_NAMES))).astype(np.float32)
-        return model.score(user, chosen, features, tastes.among(np.arange(count)), deadline)[0]
+        rng = np.random.default_rng(number)
+        features = rng.normal(size=(count, len(FEATURE_NAMES))).astype(np.float32)
+        return model.score(user, chosen, features, rng.normal(size=count).astype(np.float32), deadline)[0]
 
     alone = [ask(models[0], number) for number in range(64)]
     with ThreadPoolExecutor(16) as pool:

@@ -20,13 +20,14 @@ from sklearn.metrics.pairwise import cosine_similarity
 from services.parts import Parts
 from services.scorer import EncodedItems, Scorer
 from tailrace.ids import ItemId
-from tailrace.tastes import Tastes, make_tastes
+from tailrace.tastes import Floats, TasteModel, bucket, make_tastes
 from tests.made_up_slates import make_example, make_examples
 from tests.unit.conftest import FEATURE_NAMES as BUNDLE_FEATURES
 from training.calibration import AS_SCORED, Platt, fit_platt
 from training.evaluate import Evaluation, evaluate
 from training.examination import fit_examination
 from training.examples import Example
+from training.judged_gains import judged_gains
 from training.popularity import Popularity, count_popularity
 from training.rescoring import ItemTable, encode_texts, latency_ratio, score_beside, score_examples
 from training.slate_metrics import aucs, hits, line_up, ndcgs, reciprocal_ranks, retrieved
@@ -272,12 +273,26 @@ def test_examination_is_learned_from_explored_places_and_takes_the_position_bias
     np.testing.assert_allclose(learned, seen, atol=0.03)
     forward, backward = ([sign * np.arange(10.0)] * 3000 for sign in (-1, 1))
     biased = [judge(examples, order, bootstrap=2).figures["ndcg_10"].mean for order in (forward, backward)]
+    gains = judged_gains(examples, forward, AS_SCORED, seen)
     fair = [
-        judge(examples, order, bootstrap=2, examination_K=seen).figures["ndcg_10_unbiased"].mean
-        for order in (forward, backward)
+        judge(examples, order, bootstrap=2, gains=gains).figures["ndcg_10_judged"].mean for order in (forward, backward)
     ]
     assert biased[0] - biased[1] > 0.25
     assert abs(fair[0] - fair[1]) < 0.1 * (biased[0] - biased[1])
+
+
+def test_what_was_not_shown_counts_with_what_the_champion_expects_of_it() -> None:
+    # One click in four places of which the second is seen half as often; a click gains 3.
+    seen_K = np.array([1.0, 0.5])
+    example = make_example([1, 0], gains=[3.0, 0.0], unshown=2)
+    other = make_example([0, 0], unshown=1, number=1)
+    scores = [np.array([0.0, 0.0, -1.0, math.nan]), np.zeros(3)]
+    platt = Platt(slope=2.0, intercept=-1.0)
+    first_N, second_N = judged_gains([example, other], scores, platt, seen_K)
+    usual = 3.0 * 4 / 3.0  # of a click, at the first place, where those shown were seen three times in four
+    chance = 1 / (1 + math.exp(3.0))
+    assert first_N.tolist() == pytest.approx([3.0, 0.0, usual * chance, 0.0], abs=1e-9)
+    assert second_N.tolist() == pytest.approx([0.0, 0.0, usual / (1 + math.exp(1.0))])
 
 
 def test_without_explored_clicks_no_place_is_less_seen_than_another() -> None:
@@ -323,17 +338,24 @@ def test_rescored_examples_get_the_utility_that_serving_ranks_by(bundle_dir: Pat
             items.states_NTH[None],
             items.mask_NT[None],
             example.features_NF[None],
-            example.tastes.user_V[None],
-            example.tastes.tags_NK[None],
+            scorer.taste_model.worth_of(example.tastes)[None],
         )
         np.testing.assert_allclose(scores_N, clicks[0] + 0.25 * (ratings[0] - 3), atol=1e-4)
         assert scores_N.dtype == np.float32
 
 
-def test_rescoring_tells_the_model_of_each_users_tastes_and_each_candidates_tags() -> None:
+def test_rescoring_tells_the_model_what_each_candidates_tags_are_worth_to_each_user() -> None:
     class Noting:
-        told: ClassVar[list[Tastes]] = []
+        told: ClassVar[list[Floats]] = []
         encoders = ("users", "items")
+        taste_model = TasteModel(
+            np.sort(np.array([bucket(f"t{number}") for number in range(4)], np.int16)),
+            np.arange(4, dtype=np.float32),
+            np.eye(4, dtype=np.float32),
+            click_rate=0.1,
+            information=0.1,
+            gain=1.0,
+        )
 
         def encode_users(self, texts: Sequence[str]) -> None: ...
 
@@ -343,18 +365,18 @@ def test_rescoring_tells_the_model_of_each_users_tastes_and_each_candidates_tags
                 np.zeros((count, 1, 2), np.float16), np.ones((count, 1), np.bool_), np.zeros((count, 2))
             )
 
-        def score(self, users, states, mask, features, tastes, tags):  # type: ignore[no-untyped-def]
-            self.told.append(Tastes(tastes[0], tags[0]))
+        def score(self, users, states, mask, features, tag_worth):  # type: ignore[no-untyped-def]
+            self.told.append(tag_worth[0])
             return np.zeros(mask.shape[:2], np.float32), np.full(mask.shape[:2], 3.0, np.float32)
 
     examples = [
-        replace(one, tastes=make_tastes({f"t{number}": 1.0}, [[f"t{row}"] for row in range(len(one.texts))]))
+        replace(one, tastes=make_tastes({f"t{number}": (1.0, 2.0)}, [[f"t{row}"] for row in range(len(one.texts))]))
         for number, one in enumerate(make_examples(4)[0])
     ]
     score_examples(Noting(), examples, rating_weight=0.25)
     for example, told in zip(examples, Noting.told, strict=True):
-        np.testing.assert_array_equal(told.user_V, example.tastes.user_V)
-        np.testing.assert_array_equal(told.tags_NK, example.tastes.tags_NK)
+        np.testing.assert_array_equal(told, Noting.taste_model.worth_of(example.tastes))
+        assert len(set(told.tolist())) > 1
 
 
 def test_examples_rescored_several_at_a_time_score_as_they_do_one_by_one(bundle_dir: Path) -> None:
@@ -399,7 +421,7 @@ def test_latency_is_the_median_ratio_of_the_two_on_the_same_examples(bundle_dir:
     clock = Clock()
 
     class Timed:
-        encoders = scorer.encoders
+        encoders, taste_model = scorer.encoders, scorer.taste_model
 
         def __init__(self, seconds: float) -> None:
             self.seconds = seconds
@@ -410,10 +432,10 @@ def test_latency_is_the_median_ratio_of_the_two_on_the_same_examples(bundle_dir:
         def encode_items(self, texts: Sequence[str]) -> object:
             return scorer.encode_items(texts)
 
-        def score(self, users, states, mask, features, tastes, tags):  # type: ignore[no-untyped-def]
+        def score(self, users, states, mask, features, tag_worth):  # type: ignore[no-untyped-def]
             assert features.shape[1] == 20
             clock.now += self.seconds
-            return scorer.score(users, states, mask, features, tastes, tags)
+            return scorer.score(users, states, mask, features, tag_worth)
 
     ratio = latency_ratio((Timed(2.0), table), (Timed(3.0), table), examples, num_candidates=20, clock=clock)
     assert ratio == 1.5

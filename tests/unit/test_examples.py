@@ -53,7 +53,7 @@ def impression(
         user_text="likes tests",
         shown=[candidate(f"i{number}", position) for position, number in enumerate(shown)],
         unshown=[candidate(f"i{number}", None) for number in unshown],
-        tastes={"tag of i1": 0.5},
+        answers={"tag of i1": (0.5, 1.0)},
     )
     return msgspec.structs.replace(made, **other)
 
@@ -145,7 +145,7 @@ def test_example_carries_what_was_ranked_first_the_slate_then_the_sample_of_the_
     assert example.features_NF.shape == (4, len(FEATURE_NAMES))
     assert example.features_NF[:, 5].tolist() == example.scores_N.tolist() == [3, 1, 0, 2]
     assert example.tastes.tags_NK[:, 0].tolist() == [bucket(f"tag of i{number}") for number in (3, 1, 0, 2)]
-    assert np.flatnonzero(example.tastes.user_V).tolist() == [bucket("tag of i1")]
+    assert example.tastes.answers.met_E.tolist() == [bucket("tag of i1")]
     assert example.propensities_N.tolist()[:2] == [0.5, 0.5]
     assert np.isnan(example.propensities_N[2:]).all()
     assert example.gains_N.tolist() == [0, 0, 0, 0]
@@ -392,10 +392,10 @@ def same(ones: Sequence[Example], others: Sequence[Example]) -> bool:
     def parts(example: Example) -> dict[str, object]:
         found = {each.name: getattr(example, each.name) for each in fields(example)}
         tastes: Tastes = found.pop("tastes")
-        return found | {"user_V": tastes.user_V, "tags_NK": tastes.tags_NK}
+        return found | tastes.answers._asdict() | {"tags_NK": tastes.tags_NK}
 
     return len(ones) == len(others) and all(
-        np.array_equal(value, parts(other)[name], equal_nan=name.endswith(("_N", "_NF", "_V")))
+        np.array_equal(value, parts(other)[name], equal_nan=name.endswith(("_N", "_NF", "_E")))
         for one, other in zip(ones, others, strict=True)
         for name, value in parts(one).items()
     )

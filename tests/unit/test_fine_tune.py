@@ -18,14 +18,14 @@ from torch import Tensor
 from tailrace.errors import TrainingDiverged
 from tailrace.ids import ItemId, ModelVersion, RequestId, UserId
 from tailrace.settings import TrainingSettings
-from tailrace.tastes import Tastes, bucket, make_tastes, no_tastes
+from tailrace.tastes import TasteModel, Tastes, bucket, make_tastes, no_tastes
 from tests.unit.conftest import FEATURE_NAMES, PRIOR
 from training.bert import PACKAGED, Bert, BertShape, load_base
 from training.course import compute_losses, score_batch
 from training.dataset import Batch, Corpus
 from training.examples import Example
 from training.fine_tune import FineTuned, fine_tune
-from training.first_step import step_along_pairs
+from training.first_step import Weights, learn_tastes
 from training.learner import Learner, feature_units, level_shift, scale_clicks, to_raw_units, to_standard_units
 from training.lessons import Lesson, choose_lessons, plan_batches
 from training.lora import adapt_layers, merge_layers
@@ -49,14 +49,20 @@ PLAIN = TrainingSettings(
 )
 
 
-def small_ranker(prior: dict[str, float] | None = None, seed: int = 0, *, item_states: int = 2) -> SplitRanker:
+def small_ranker(
+    prior: dict[str, float] | None = None,
+    seed: int = 0,
+    *,
+    item_states: int = 2,
+    names: Sequence[str] = FEATURE_NAMES,
+) -> SplitRanker:
     """An untrained ranker over a random BERT."""
     torch.manual_seed(seed)
     return SplitRanker(
         Bert(SHAPE),
         split_layer=SPLIT,
         item_states=item_states,
-        feature_names=FEATURE_NAMES,
+        feature_names=names,
         prior=PRIOR if prior is None else prior,
         head_width=8,
     ).eval()
@@ -120,16 +126,11 @@ def make_examples(
 
 
 def random_tastes(size: int, seed: Sequence[int]) -> Tastes:
-    """Tastes of a user and tags of items that have nothing to do with each other."""
+    """Answers of a user and tags of items that have nothing to do with each other."""
     rng = np.random.default_rng(seed)
     tags_N = [[f"tag {number}" for number in rng.integers(9, size=rng.integers(4))] for _ in range(size)]
-    return make_tastes({f"tag {number}": taste for number, taste in enumerate(rng.normal(size=9))}, tags_N)
-
-
-def as_tensors(tastes: Sequence[Tastes]) -> tuple[Tensor, Tensor]:
-    """Tastes [B,V] and tags [B,N,K] as a ranker takes them."""
-    tags = np.stack([one.tags_NK for one in tastes])
-    return torch.from_numpy(np.stack([one.user_V for one in tastes])), torch.from_numpy(tags).long()
+    clicked = rng.uniform(size=9).tolist()
+    return make_tastes({f"tag {number}": (share, 3.0) for number, share in enumerate(clicked)}, tags_N)
 
 
 def by_cosine(features: np.ndarray, texts: Sequence[str], rng: np.random.Generator) -> np.ndarray:
@@ -209,7 +210,7 @@ def score(ranker: SplitRanker, examples: Sequence[Example]) -> list[Tensor]:
                 *tokens([one.user_text], 16),
                 *(part[None] for part in tokens(one.texts, 8)),
                 torch.from_numpy(one.features_NF)[None],
-                *as_tensors([one.tastes]),
+                torch.from_numpy(ranker.taste_model.worth_of(one.tastes))[None],
             )[0][0]
             for one in examples
         ]
@@ -234,17 +235,22 @@ LIKES = {"castles": "ghosts", "ships": "storms", "trains": "letters"}
 
 
 def make_lovers(count: int, seed: int, likes: Mapping[str, str] = LIKES) -> list[Example]:
-    """Impressions on users who love one thing, and click all that is tagged with what goes with it."""
+    """Impressions on users of whom each loves two things that go together, and clicks most that is tagged so.
+
+    Of the first of the two they have been shown something before, and clicked it where they love it.
+    """
     rng = np.random.default_rng(seed)
-    made = []
-    for one in make_examples(count, never, seed=seed):
-        loved = str(rng.choice(list(likes)))
-        tags_N = [[str(tag)] for tag in rng.choice([*likes.values(), "news"], size=len(one.texts))]
-        clicked_N = np.array([tag == likes[loved] for (tag,) in tags_N]) & (np.arange(len(tags_N)) < one.num_shown)
+    made, tags = [], [*likes, *likes.values(), "news"]
+    for number, one in enumerate(make_examples(count, never, seed=seed)):
+        loved = list(likes)[number // 8 % len(likes)]  # eight slates for each of them
+        tags_N = [[str(tag)] for tag in rng.choice(tags, size=len(one.texts))]
+        wanted_N = np.array([tag in (loved, likes[loved]) for (tag,) in tags_N])
+        clicked_N = wanted_N & (rng.random(len(tags_N)) < 0.8) & (np.arange(len(tags_N)) < one.num_shown)
         made.append(
             replace(
                 one,
-                tastes=make_tastes({loved: 1.0}, tags_N),
+                user_id=UserId(f"lover {seed} {number // 8}"),
+                tastes=make_tastes({tag: (3.0 * (tag == loved), 3.0) for tag in likes}, tags_N),
                 clicked_N=clicked_N,
                 gains_N=clicked_N.astype(np.float32),
             )
@@ -252,50 +258,68 @@ def make_lovers(count: int, seed: int, likes: Mapping[str, str] = LIKES) -> list
     return made
 
 
-def test_which_tastes_go_together_is_learned_and_both_ways(tmp_path: Path) -> None:
-    found = learn(tmp_path, make_lovers(400, 1), make_lovers(60, 2), change(epochs=6))
-    assert found.better
-    assert mean_ndcg(found.ranker, make_lovers(60, 3)) > 0.95
-    weights = found.ranker.head.taste_weights
+def covariance(model: TasteModel, one: str, other: str) -> float:
+    """How what two tags are worth to users goes together."""
+    row, column = (model.known_T.tolist().index(bucket(tag)) for tag in (one, other))
+    return float(model.covariance_TT[row, column])
+
+
+def test_which_tags_are_liked_together_is_learned_and_serves_who_was_shown_one_of_them(tmp_path: Path) -> None:
+    unseen = make_lovers(160, 3)
+    found = learn(tmp_path, make_lovers(400, 1), make_lovers(160, 2), change(epochs=2))
+    assert found.better and found.first_step is not None and found.first_step.tastes > 0
+    assert mean_ndcg(found.ranker, unseen) > 0.9 > 0.7 > mean_ndcg(small_ranker({}), unseen)
     for loved, wanted in LIKES.items():
-        others = [weights[bucket(loved), bucket(other)].item() for other in LIKES.values() if other != wanted]
-        assert weights[bucket(loved), bucket(wanted)].item() > max(others)
-        assert weights[bucket(wanted), bucket(loved)].item() == weights[bucket(loved), bucket(wanted)].item()
+        others = [covariance(found.ranker.taste_model, loved, other) for other in LIKES.values() if other != wanted]
+        assert covariance(found.ranker.taste_model, loved, wanted) > 0 > max(others)
 
 
-def first_step(train: Sequence[Example], stop: Sequence[Example]) -> tuple[float, Tensor]:
-    """How far the first step of a learner goes, and the pair weights after it."""
-    ranker = small_ranker({})
+def first_step(train: Sequence[Example], stop: Sequence[Example], ranker: SplitRanker) -> Weights | None:
+    """What the first step of a learner says; it changes the ranker."""
     learner = Learner(ranker, len(ranker.bert.stack), num_positions=1)
-    corpus, stopping = (read(ranker, examples, len(ranker.bert.stack)) for examples in (train, stop))
-    stop_slice = StopSlice(stopping, learner, nullcontext, 0.2)
-    length = step_along_pairs(learner, corpus, stop_slice, nullcontext, unshown_weight=0.2)
-    return length, ranker.head.taste_weights.detach()
+    stop_slice = StopSlice(read(ranker, stop, len(ranker.bert.stack)), learner, nullcontext, 0.2)
+    return learn_tastes(learner, train, stop_slice, np.ones(1))
 
 
-def test_first_step_moves_each_pair_by_the_evidence_there_is_of_it() -> None:
-    often, seldom = LIKES, {"owls": "night"}
-    length, weights = first_step(make_lovers(200, 1) + make_lovers(10, 2, seldom), make_lovers(60, 3))
-    moved = {loved: weights[bucket(loved), bucket(wanted)].item() for loved, wanted in (often | seldom).items()}
-    assert length >= 1.0
-    assert max(moved.values()) == pytest.approx(length)
-    assert 0 < moved["owls"] < 0.3 * min(moved[loved] for loved in often)
-    assert weights[bucket("castles"), bucket("storms")].item() < 0
-    torch.testing.assert_close(weights, weights.T)
-
-
-def test_first_step_is_none_where_the_stop_slice_says_otherwise() -> None:
+def test_first_step_is_none_and_changes_nothing_where_the_stop_slice_says_otherwise() -> None:
+    ranker = small_ranker({"cosine": 1.0})
+    before = {name: weight.clone() for name, weight in ranker.state_dict().items()}
     others = dict(zip(LIKES, ["storms", "letters", "ghosts"], strict=True))
-    length, weights = first_step(make_lovers(200, 1), make_lovers(60, 2, others))
-    assert length == 0.0
-    assert not weights.any()
+    haters = [replace(one, clicked_N=one.clicked_N, gains_N=1.0 - one.gains_N) for one in make_lovers(60, 2, others)]
+    assert first_step(make_lovers(200, 1), haters, ranker) is None
+    assert ranker.taste_model.gain == 0.0
+    for name, weight in ranker.state_dict().items():
+        torch.testing.assert_close(weight, before[name])
+
+
+def test_features_of_topics_give_way_to_tastes_that_say_it_better() -> None:
+    """A feature that tells nothing any more once tastes are known is weighed down, and the rest is not."""
+    rng = np.random.default_rng(0)
+    ranker = small_ranker({"tag_response": 1.0, "cosine": 0.3}, names=("cosine", "tag_response", *FEATURE_NAMES[2:]))
+
+    def noised(examples: list[Example]) -> list[Example]:
+        made = []
+        for one in examples:
+            features = one.features_NF.copy()
+            features[:, 1] = one.gains_N + rng.normal(scale=2.0, size=len(features))
+            features[:, COSINE] = one.gains_N * 3 + rng.normal(scale=1.0, size=len(features))
+            made.append(replace(one, features_NF=features))
+        return made
+
+    weights = first_step(noised(make_lovers(400, 1)), noised(make_lovers(160, 2)), ranker)
+    assert weights is not None
+    assert weights.topics < 0.5 * weights.rest
+    prior = dict(zip(ranker.feature_names, ranker.head.prior.tolist(), strict=True))
+    assert prior["tag_response"] == pytest.approx(weights.topics, rel=1e-3)
+    assert prior["cosine"] == pytest.approx(0.3 * weights.rest, rel=1e-3)
+    assert ranker.taste_model.gain == pytest.approx(weights.tastes, rel=1e-3)
 
 
 def test_first_step_alone_is_kept_where_the_epochs_after_it_do_harm(tmp_path: Path) -> None:
-    found = learn(tmp_path, make_lovers(200, 1), make_lovers(60, 2), change(head_learning_rate=30.0, epochs=1))
+    found = learn(tmp_path, make_lovers(400, 1), make_lovers(160, 2), change(head_learning_rate=30.0, epochs=1))
     assert found.better
     assert "the first step alone" in found.reason
-    assert found.first_step > 0
+    assert found.first_step is not None
 
 
 def test_places_are_expected_to_be_seen_as_explored_ones_were(tmp_path: Path) -> None:
@@ -336,7 +360,7 @@ def test_planted_position_bias_does_not_fool_the_head(tmp_path: Path) -> None:
         probe[0, 1, RANK] -= 4
         probe[0, 2, COSINE] -= 4
         with torch.no_grad():
-            logits = head(torch.zeros(1, 3, 32), torch.zeros(1, 32), probe, *as_tensors([no_tastes(3)]))[0][0]
+            logits = head(torch.zeros(1, 3, 32), torch.zeros(1, 32), probe, torch.zeros(1, 3))[0][0]
         return float((logits[0] - logits[1]) / (logits[0] - logits[2]))
 
     settings = change(epochs=6, head_learning_rate=5e-3, batch=16)
@@ -352,7 +376,7 @@ def test_parent_is_returned_where_nothing_beats_it(tmp_path: Path) -> None:
         return np.asarray(np.arange(len(texts)) == features[:6, COSINE].argmin())
 
     parent = small_ranker({"cosine": 1.0})
-    # Without tastes: a first step along random ones may do a little better by chance.
+    # Without tags: tastes learned of random ones may do a little better by chance.
     train, stop = (
         [replace(one, tastes=no_tastes(len(one.texts))) for one in make_examples(count, clicks, seed=seed)]
         for count, clicks, seed in ((200, worst, 1), (60, by_cosine, 2))
@@ -520,19 +544,19 @@ def test_packed_impressions_give_the_gradients_of_single_candidates() -> None:
         learner.zero_grad()
         return found
 
-    batch = corpus.batch(range(5))
+    batch = corpus.batch(range(5), ranker.taste_model)
     learner.eval()
     logits = learner(batch)[0]
     (logits * batch.real).sin().sum().backward()
     packed = gradients(learner)
     alone = []
     for row in range(5):
-        one = corpus.batch([row])
+        one = corpus.batch([row], ranker.taste_model)
         for item in range(one.real.shape[1]):
             single = Batch(
                 one.users, one.user_vectors, one.user_mask,
                 one.states[:, [item]], one.state_mask[:, [item]], one.features[:, [item]],
-                one.tastes, one.tags[:, [item]], one.real[:, [item]],
+                one.tag_worth[:, [item]], one.real[:, [item]],
             )  # fmt: skip
             logit = learner(single)[0]
             logit.sin().sum().backward()
@@ -559,7 +583,7 @@ def test_batches_score_as_the_ranker_itself_does(first_layer: int, item_states: 
     expected = score(ranker, examples)
     for kept_bytes in (2**30, 0):  # kept between epochs, and computed again each time
         corpus = read(ranker, examples, first_layer, kept_bytes=kept_bytes)
-        batch = corpus.batch(range(7))
+        batch = corpus.batch(range(7), ranker.taste_model)
         with torch.no_grad():
             logits = Learner(ranker, first_layer, num_positions=1)(batch)[0]
         for row, one in enumerate(expected):  # states rest as float16
@@ -568,22 +592,27 @@ def test_batches_score_as_the_ranker_itself_does(first_layer: int, item_states: 
 
 def test_texts_read_in_several_threads_give_the_same_batches_bit_for_bit() -> None:
     ranker, examples = small_ranker(), make_examples(100, by_word)
-    one, three = (read(ranker, examples, 2, threads=threads).batch(range(100)) for threads in (1, 3))
+    one, three = (
+        read(ranker, examples, 2, threads=threads).batch(range(100), ranker.taste_model) for threads in (1, 3)
+    )
     assert all(torch.equal(getattr(one, name), getattr(three, name)) for name in ("users", "user_vectors", "states"))
 
 
 def test_scaled_clicks_keep_their_order_and_ratings_stay() -> None:
-    head = small_ranker().head
-    for name in ("taste_weights", "tag_weights", "outer.weight", "match_gain"):
-        torch.nn.init.normal_(head.get_parameter(name))
+    ranker = small_ranker()
+    for name in ("outer.weight", "match_gain"):
+        torch.nn.init.normal_(ranker.head.get_parameter(name))
+    ranker.taste_model = replace(TasteModel.ignorant(), gain=0.5)
     torch.manual_seed(1)
-    inputs = torch.randn(2, 5, 32), torch.randn(2, 32), torch.randn(2, 5, len(FEATURE_NAMES))
-    tastes = random_tastes(5, seed=[1])
-    liked = as_tensors([tastes] * 2)
+    inputs, worth = (
+        (torch.randn(2, 5, 32), torch.randn(2, 32), torch.randn(2, 5, len(FEATURE_NAMES))),
+        torch.randn(2, 5),
+    )
     with torch.no_grad():
-        clicks, ratings = head(*inputs, *liked)
-        scale_clicks(head, 3.0)
-        scaled, same = head(*inputs, *liked)
+        clicks, ratings = ranker.head(*inputs, worth)
+        scale_clicks(ranker, 3.0)
+        scaled, same = ranker.head(*inputs, 3.0 * worth)
+    assert ranker.taste_model.gain == 1.5
     torch.testing.assert_close(scaled, 3.0 * clicks, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(same, ratings, atol=1e-4, rtol=1e-4)
 
@@ -593,20 +622,19 @@ def test_head_says_the_same_in_standard_units_and_back() -> None:
     head = ranker.head
     with torch.no_grad():
         head.outer.weight.normal_()
-        head.taste_weights.normal_()
         head.rating_affine.copy_(torch.tensor([0.4, -0.3]))
     features = np.stack([one.features_NF for one in make_examples(20, by_cosine)])
     units = feature_units(head, features.reshape(-1, len(FEATURE_NAMES)))
     head.feature_mean.copy_(torch.from_numpy(units[0]))
     head.feature_std.copy_(torch.from_numpy(units[1]))
     pooled, users = torch.randn(20, 8, 32), torch.nn.functional.normalize(torch.randn(20, 32), dim=-1)
-    liked = as_tensors([random_tastes(8, seed=[number]) for number in range(20)])
+    worth = torch.randn(20, 8)
     with torch.no_grad():
-        raw = head(pooled, users, torch.from_numpy(features), *liked)
+        raw = head(pooled, users, torch.from_numpy(features), worth)
         to_standard_units(head, *units)
-        standard = head(pooled, users, torch.from_numpy(((features - units[0]) / units[1]).astype(np.float32)), *liked)
+        standard = head(pooled, users, torch.from_numpy(((features - units[0]) / units[1]).astype(np.float32)), worth)
         to_raw_units(head, *units)
-        back = head(pooled, users, torch.from_numpy(features), *liked)
+        back = head(pooled, users, torch.from_numpy(features), worth)
     for one, other in zip(raw * 2, standard + back, strict=True):
         torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-4)
 

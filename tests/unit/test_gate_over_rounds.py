@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 from services.slate import build_slate
 from tailrace.settings import GateSettings
 from tests.made_up_slates import make_example
+from training.calibration import fit_platt
 from training.evaluate import Evaluation, evaluate
 from training.examination import fit_examination
 from training.examples import Example
 from training.gate import Verdict, decide
+from training.judged_gains import judged_gains
 from training.popularity import Popularity
 
 Reals = NDArray[np.float64]
@@ -106,13 +108,20 @@ def judge(examples: Sequence[Example], scores: Sequence[Reals], shown_only: bool
                 one,
                 item_ids=one.item_ids[:count],
                 texts=one.texts[:count],
+                scores_N=one.scores_N[:count],
                 gains_N=one.gains_N[:count],
                 clicked_N=one.clicked_N[:count],
             )
             for one in examples
         ]
         scores = [of[:count] for of in scores]
-    return evaluate(examples, scores, popularity=Popularity({}, {}), examination_K=SEEN_K, bootstrap=10)
+    # The champion's chances are known from its own slates: it is the same whether an earlier or these very ones.
+    logged = [of.scores_N[: len(of.texts)] for of in examples]
+    platt = fit_platt(
+        np.concatenate([of[:SHOWN] for of in logged]), np.concatenate([one.clicked_N[:SHOWN] for one in examples])
+    )
+    gains = judged_gains(examples, logged, platt, SEEN_K)
+    return evaluate(examples, scores, popularity=Popularity({}, {}), gains=gains, bootstrap=10)
 
 
 def try_challenger(champion: Scores, challenger: Scores, worth: Scores, count: int = 1200, seed: int = 0) -> Trial:
@@ -154,6 +163,22 @@ def errs_elsewhere_and_more(of: Parts) -> Reals:
     return 1.5 * of.well_known_N + 1.3 * of.other_error_N
 
 
+def errs_elsewhere(of: Parts) -> Reals:
+    return 1.5 * of.well_known_N + of.other_error_N
+
+
+def errs_elsewhere_and_a_little_more(of: Parts) -> Reals:
+    return 1.5 * of.well_known_N + 1.12 * of.other_error_N
+
+
+def subtle_above_all(of: Parts) -> Reals:
+    return of.well_known_N + 2 * of.subtle_N
+
+
+def knows_the_lesser(of: Parts) -> Reals:
+    return of.well_known_N + 0.8 * of.error_N
+
+
 def errs_less(of: Parts) -> Reals:
     return 1.5 * of.well_known_N + 0.5 * of.error_N
 
@@ -183,11 +208,33 @@ def test_among_what_the_champion_chose_alone_forgetting_does_not_show() -> None:
     assert decide(judged[0], judged[1], SOUND, GATE).promoted
 
 
-@pytest.mark.parametrize(("champion", "challenger", "worth"), [(knows_one, knows_both, both), (errs, errs_less, one)])
-def test_a_better_challenger_is_let_through(champion: Scores, challenger: Scores, worth: Scores) -> None:
-    trial = try_challenger(champion, challenger, worth)
+@pytest.mark.parametrize(
+    ("champion", "challenger", "worth"),
+    [
+        (knows_one, knows_both, both),
+        (errs, errs_less, one),
+        (knows_the_lesser, subtle_above_all, subtle_above_all),  # most of what it would show was not
+    ],
+)
+@pytest.mark.parametrize("count", [300, 1200])
+def test_a_better_challenger_is_let_through(champion: Scores, challenger: Scores, worth: Scores, count: int) -> None:
+    trial = try_challenger(champion, challenger, worth, count)
     assert trial.gain > 0.1
     assert trial.verdict.promoted, trial.verdict.reasons
+
+
+@pytest.mark.parametrize("count", [300, 1200])
+def test_a_challenger_that_errs_as_much_or_a_little_more_but_elsewhere_seldom_gets_through(count: int) -> None:
+    # Among what the champion chose, its own errors are many and another's few.
+    trials = {
+        challenger: [try_challenger(errs, challenger, one, count, seed) for seed in range(8)]
+        for challenger in (errs_elsewhere, errs_elsewhere_and_a_little_more)
+    }
+    promoted = {of: sum(trial.verdict.promoted for trial in found) for of, found in trials.items()}
+    gains = {of: float(np.mean([trial.gain for trial in found])) for of, found in trials.items()}
+    assert abs(gains[errs_elsewhere]) < 0.02 and -0.08 < gains[errs_elsewhere_and_a_little_more] < -0.02
+    assert promoted[errs_elsewhere_and_a_little_more] == 0
+    assert promoted[errs_elsewhere] <= 3
 
 
 def test_places_seem_seen_as_they_are_although_better_items_are_explored_in_the_first() -> None:

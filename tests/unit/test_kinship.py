@@ -26,10 +26,10 @@ def change_card(folder: Path, **fields: object) -> None:
     save_ranker_card(msgspec.structs.replace(load_ranker_card(folder), **fields), folder)
 
 
-def test_version_learns_on_from_one_of_before_tags_were_weighed_beside_the_graphs(family: tuple[Path, Path]) -> None:
+def test_version_learns_on_from_its_kin(family: tuple[Path, Path]) -> None:
     parent, child = family
     require_kinship(parent, child)
-    change_card(parent, tag_buckets=0)
+    change_card(child, prior={"cos_user": 3.0})
     require_kinship(parent, child)
 
 

@@ -1,5 +1,6 @@
 """The one-way split BERT against transformers' BERT, against itself packed otherwise, and against its own export."""
 
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
@@ -9,17 +10,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BertModel
 
 from services.scorer import Scorer
 from tailrace.errors import BundleError, ParityError
 from tailrace.ids import ModelVersion
-from tailrace.tastes import BUCKETS, NO_TAG, sum_worth
+from tailrace.tastes import TasteModel
 from tests.unit.conftest import FEATURE_NAMES, PRIOR
 from training.bert import PACKAGED, Bert, BertShape, _packaged_folder, load_base
-from training.export import WEIGHTS_FILE, export_bundle, load_ranker
+from training.export import export_bundle, load_ranker
 from training.model import SplitRanker
 from training.parity import PARITY_FILE, ParityReport, require_parity
 
@@ -61,17 +61,9 @@ def random_features(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, len(FEATURE_NAMES), generator=torch.Generator().manual_seed(seed))
 
 
-def random_tastes(*shape: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Tastes of users, and up to five tags of each item, [B,V] and [B,N,5]."""
-    generator = torch.Generator().manual_seed(seed)
-    tags = torch.randint(BUCKETS, (*shape, 5), generator=generator)
-    some = torch.arange(5) < torch.randint(6, (*shape, 1), generator=generator)
-    return torch.randn(shape[0], BUCKETS, generator=generator) / 10, torch.where(some, tags, NO_TAG)
-
-
-def no_tastes(*shape: int) -> tuple[Tensor, Tensor]:
-    """The same of users and items of whom nothing is known."""
-    return torch.zeros(shape[0], BUCKETS), torch.full((*shape, 1), NO_TAG)
+def random_worth(*shape: int, seed: int = 0) -> Tensor:
+    """What the candidates' tags are worth to their users, [B,N]."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +107,7 @@ def test_all_tokens_equal_transformers_under_the_one_way_mask(
         keys, values, vectors = ranker.encode_users(*user)
         states, mask, _ = ranker.encode_items(*(part.reshape(8, 9) for part in items))
         shaped = states.reshape(2, 4, 9, -1), mask.reshape(2, 4, 9)
-        pooled = ranker.score(keys, values, user[1], vectors, *shaped, random_features(2, 4), *random_tastes(2, 4))[2]
+        pooled = ranker.score(keys, values, user[1], vectors, *shaped, random_features(2, 4), random_worth(2, 4))[2]
     torch.testing.assert_close(pooled, run_packed(reference, user, items, split_layer), atol=FLOAT_NOISE, rtol=0)
 
 
@@ -131,13 +123,14 @@ def test_vectors_equal_mean_pooling_of_transformers(reference: BertModel, packag
     torch.testing.assert_close(of_users, expected, atol=FLOAT_NOISE, rtol=0)
 
 
-def test_untrained_logits_are_exactly_the_prior() -> None:
+def test_untrained_logits_are_exactly_the_prior_and_what_tags_are_worth() -> None:
     ranker = SplitRanker(Bert(SMALL), feature_names=FEATURE_NAMES, prior=PRIOR).eval()
     features = random_features(2, 5) * 3
     with torch.no_grad():
-        logits, ratings = ranker(*random_tokens(2, 10), *random_tokens(2, 5, 6), features, *random_tastes(2, 5))
+        worth = random_worth(2, 5)
+        logits, ratings = ranker(*random_tokens(2, 10), *random_tokens(2, 5, 6), features, worth)
     weights = torch.tensor([PRIOR.get(name, 0.0) for name in FEATURE_NAMES])
-    torch.testing.assert_close(logits, features @ weights, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(logits, features @ weights + worth, atol=1e-6, rtol=1e-6)
     assert ((ratings > 1) & (ratings < 5)).all()
     assert torch.equal(logits.argsort(), ratings.argsort())
 
@@ -145,7 +138,7 @@ def test_untrained_logits_are_exactly_the_prior() -> None:
 def test_untrained_rating_of_a_zero_prior_is_three() -> None:
     ranker = SplitRanker(Bert(SMALL), feature_names=FEATURE_NAMES, prior={}).eval()
     with torch.no_grad():
-        ratings = ranker(*random_tokens(1, 10), *random_tokens(1, 5, 6), random_features(1, 5), *random_tastes(1, 5))[1]
+        ratings = ranker(*random_tokens(1, 10), *random_tokens(1, 5, 6), random_features(1, 5), torch.zeros(1, 5))[1]
     assert torch.equal(ratings, torch.full((1, 5), 3.0))
 
 
@@ -163,13 +156,13 @@ def test_score_never_depends_on_batch_mates(seed, count, mates, split_layer, ite
     user = random_tokens(1, 9, shortest=2, seed=seed)
     tokens, mask = random_tokens(1, count + mates, 7, seed=seed + 1)
     features = random_features(1, count + mates, seed=seed)
-    tastes, tags = random_tastes(1, count + mates, seed=seed)
+    worth = random_worth(1, count + mates, seed=seed)
     places = list(range(count + mates))
     order.shuffle(places)
 
     def score_among(chosen: list[int]) -> tuple[Tensor, Tensor]:
-        of_items = (part[:, chosen] for part in (tokens, mask, features))
-        scores: tuple[Tensor, Tensor] = ranker(*user, *of_items, tastes, tags[:, chosen])
+        of_items = (part[:, chosen] for part in (tokens, mask, features, worth))
+        scores: tuple[Tensor, Tensor] = ranker(*user, *of_items)
         return scores
 
     with torch.no_grad():
@@ -185,17 +178,16 @@ def test_user_encoded_once_equals_encoded_for_each_item() -> None:
     ranker = small_ranker(split_layer=1, item_states=2)
     tokens, mask = random_tokens(1, 9, shortest=4)
     item_tokens, item_mask = random_tokens(1, 5, 7)
-    features, (tastes, tags) = random_features(1, 5), random_tastes(1, 5)
+    features, worth = random_features(1, 5), random_worth(1, 5)
     with torch.no_grad():
-        shared = ranker(tokens, mask, item_tokens, item_mask, features, tastes, tags)[0]
+        shared = ranker(tokens, mask, item_tokens, item_mask, features, worth)[0]
         one_each = ranker(
             tokens.expand(5, -1),
             mask.expand(5, -1),
             item_tokens[0, :, None],
             item_mask[0, :, None],
             features[0, :, None],
-            tastes.expand(5, -1),
-            tags[0, :, None],
+            worth[0, :, None],
         )[0]
     torch.testing.assert_close(shared[0], one_each[:, 0], atol=FLOAT_NOISE, rtol=0)
 
@@ -206,7 +198,7 @@ def test_more_padding_changes_nothing(item_states: int) -> None:
     user, items, features = random_tokens(2, 9), random_tokens(2, 3, 7), random_features(2, 3)
     wider = [torch.nn.functional.pad(part, (0, 4)) for part in (*user, *items)]
     with torch.no_grad():
-        tight, padded = (ranker(*texts, features, *random_tastes(2, 3))[0] for texts in ((*user, *items), wider))
+        tight, padded = (ranker(*texts, features, random_worth(2, 3))[0] for texts in ((*user, *items), wider))
     torch.testing.assert_close(tight, padded, atol=FLOAT_NOISE, rtol=0)
 
 
@@ -226,25 +218,9 @@ def test_pooled_states_are_means_of_contiguous_segments_of_real_tokens(
             torch.testing.assert_close(pooled[0, segment], states[0, members].mean(0), atol=FLOAT_NOISE, rtol=0)
 
 
-def test_tags_are_worth_what_their_users_tastes_say_of_them() -> None:
-    ranker = small_ranker(split_layer=2, item_states=4)
-    texts = *random_tokens(2, 9), *random_tokens(2, 3, 7)
-    features, (tastes, tags) = random_features(2, 3), random_tastes(2, 3)
-    with torch.no_grad():
-        without, with_tastes = (ranker(*texts, features, *liked)[0] for liked in (no_tastes(2, 3), (tastes, tags)))
-    for user in range(2):
-        for item in range(3):
-            real = [tag for tag in tags[user, item].tolist() if tag != NO_TAG]
-            worth = sum(
-                (tastes[user] @ ranker.head.taste_weights[:, tag] + ranker.head.tag_weights[tag]).item() for tag in real
-            )
-            expected = float(without[user, item]) + worth / max(len(real), 1) ** 0.5
-            assert float(with_tastes[user, item]) == pytest.approx(expected, abs=1e-3)
-
-
 def test_every_part_learns_once_the_zero_layers_have_moved() -> None:
     ranker = small_ranker(split_layer=2, item_states=4).train()
-    logits, ratings = ranker(*random_tokens(2, 9), *random_tokens(2, 3, 7), random_features(2, 3), *random_tastes(2, 3))
+    logits, ratings = ranker(*random_tokens(2, 9), *random_tokens(2, 3, 7), random_features(2, 3), random_worth(2, 3))
     (logits.logsumexp(-1).sum() + ratings.sum()).backward()
     untouched = [name for name, weight in ranker.named_parameters() if weight.grad is None]
     assert untouched == []
@@ -274,10 +250,8 @@ def test_exported_graphs_score_as_torch_does_at_every_setting_of_the_dial(
     encoded = scorer.encode_items(items)
     features = random_features(2, 4)
     states, mask = (np.stack([part, part]) for part in (encoded.states_NTH, encoded.mask_NT))
-    tastes = random_tastes(2, 4)
-    logits, ratings = scorer.score(
-        scorer.encode_users(users), states, mask, features.numpy(), *(part.numpy() for part in tastes)
-    )
+    worth = random_worth(2, 4)
+    logits, ratings = scorer.score(scorer.encode_users(users), states, mask, features.numpy(), worth.numpy())
 
     def tokens(texts: list[str]) -> tuple[Tensor, Tensor]:
         tokenizer.enable_padding()
@@ -286,41 +260,27 @@ def test_exported_graphs_score_as_torch_does_at_every_setting_of_the_dial(
 
     item_tokens = [part.expand(2, -1, -1) for part in tokens(items)]
     with torch.no_grad():
-        expected_logits, expected_ratings = ranker(*tokens(users), *item_tokens, features, *tastes)
+        expected_logits, expected_ratings = ranker(*tokens(users), *item_tokens, features, worth)
     # item states rest in float16 between the two graphs
     np.testing.assert_allclose(logits, expected_logits.numpy(), atol=5e-3)
     np.testing.assert_allclose(ratings, expected_ratings.numpy(), atol=5e-3)
-    # What candidates are drawn by is what their tags add to the logits.
-    with torch.no_grad():
-        without, _ = ranker(*tokens(users), *item_tokens, features, *no_tastes(2, 4))
-    for user, (user_V, tags_NK) in enumerate(zip(*(part.numpy() for part in tastes), strict=True)):
-        added = sum_worth(scorer.tag_weights.worth(user_V), tags_NK)
-        np.testing.assert_allclose(added, (expected_logits - without)[user].numpy(), atol=1e-3)
 
 
 def test_warm_start_scores_as_what_was_saved(tmp_path: Path) -> None:
     ranker = small_ranker(split_layer=2, item_states=3)
     ranker.head.feature_mean.fill_(0.5)
+    ranker.taste_model = TasteModel(
+        np.array([3, 5], np.int16), np.ones(2, np.float32), np.eye(2, dtype=np.float32), 0.1, 0.2, 0.3
+    )
     export_bundle(ranker, load_base(PACKAGED)[1], tmp_path / "b", version=ModelVersion("t"), precisions=("fp32",))
     again, _, card = load_ranker(tmp_path / "b")
-    inputs = *random_tokens(2, 9), *random_tokens(2, 3, 7), random_features(2, 3), *random_tastes(2, 3)
+    inputs = *random_tokens(2, 9), *random_tokens(2, 3, 7), random_features(2, 3), random_worth(2, 3)
     with torch.no_grad():
         assert torch.equal(again.eval()(*inputs)[0], ranker(*inputs)[0])
     assert (card.split_layer, card.item_states, tuple(card.feature_names)) == (2, 3, FEATURE_NAMES)
-
-
-def test_bundle_from_before_there_were_tastes_says_nothing_of_them(tmp_path: Path) -> None:
-    ranker = small_ranker(split_layer=2, item_states=3)
-    export_bundle(ranker, load_base(PACKAGED)[1], tmp_path / "b", version=ModelVersion("t"), precisions=("fp32",))
-    weights = load_file(tmp_path / "b" / WEIGHTS_FILE)
-    save_file(
-        {name: weight for name, weight in weights.items() if name not in ("head.taste_weights", "head.tag_weights")},
-        tmp_path / "b" / WEIGHTS_FILE,
-    )
-    again = load_ranker(tmp_path / "b")[0]
-    inputs = *random_tokens(2, 9), *random_tokens(2, 3, 7), random_features(2, 3)
-    with torch.no_grad():
-        assert torch.equal(again.eval()(*inputs, *random_tastes(2, 3))[0], ranker(*inputs, *no_tastes(2, 3))[0])
+    for loaded in (again.taste_model, Scorer.load(tmp_path / "b", precision="fp32").taste_model):
+        for field in fields(TasteModel):
+            np.testing.assert_array_equal(getattr(loaded, field.name), getattr(ranker.taste_model, field.name))
 
 
 def test_export_never_writes_over_a_folder(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from tailrace.ids import ItemId, RequestId
 from tailrace.items import Item
 from tailrace.profile import Profile, apply_seen, decode_profile, encode_profile
 from tailrace.settings import RankerSettings, SlateSettings
-from tailrace.tastes import bucket, make_tastes, tags_of
+from tailrace.tastes import TasteModel, bucket, make_tastes, tags_of
 from tailrace.text import render_item
 from tests.fakes import WordModel, WordVectors
 
@@ -128,12 +128,13 @@ def test_impression_holds_exactly_what_was_ranked_on() -> None:
     assert {shown.item_id for shown in impression.shown}.isdisjoint(lost.item_id for lost in impression.unshown)
 
 
-def test_tastes_and_tags_are_logged_as_the_model_got_them() -> None:
+def test_answers_and_tags_are_logged_as_the_model_got_them() -> None:
     catalogue = make_catalogue()
     profile = decode_profile(profile_with_clicks(catalogue, "i0", "i5"))
     for number in range(8):
         apply_seen(profile.impressions, ItemId(f"i{number}"), NOW_MS)
     model = WordModel(catalogue)
+    model.taste_model = knows("ghosts", "ships")
     everything = msgspec.structs.replace(SLATE, unshown_logged=1000)
     impression = impression_of(recommend(ask(encode_profile(profile), n=4), catalogue, model, RANKER, everything))
     logged = [*impression.shown, *impression.unshown]
@@ -141,11 +142,20 @@ def test_tastes_and_tags_are_logged_as_the_model_got_them() -> None:
     for one in logged:
         item = catalogue.item(one.item_id)
         assert item is not None and one.tags == tags_of(item)
-    made = make_tastes(impression.tastes, [one.tags for one in logged])
-    assert impression.tastes and np.array_equal(made.user_V, model.tastes[0].user_V)
+    made = make_tastes(impression.answers, [one.tags for one in logged])
+    assert impression.answers and all(map(np.array_equal, made.answers, model.answers[0]))
     # The model's candidates stand in an order of their own: what it was told of each is known by its text.
-    told = dict(zip(model.scored_texts[0], model.tastes[0].tags_NK.tolist(), strict=True))
-    assert [told[one.text] for one in logged] == made.tags_NK.tolist()
+    told = dict(zip(model.scored_texts[0], model.tag_worths[0].tolist(), strict=True))
+    assert [told[one.text] for one in logged] == model.taste_model.worth_of(made).tolist()
+    assert len(set(told.values())) > 1
+
+
+def knows(one: str, other: str) -> TasteModel:
+    """What is known where whoever likes the one likes the other twenty times as much."""
+    known = np.array(sorted([(bucket(one), 1.0), (bucket(other), 20.0)]))
+    strength_T = known[:, 1].astype(np.float32)
+    covariance_TT = np.outer(strength_T, strength_T)
+    return TasteModel(known[:, 0].astype(np.int16), np.zeros(2, np.float32), covariance_TT, 0.0, 0.001, 1.0)
 
 
 def test_candidates_are_drawn_by_what_the_model_has_learned_of_the_users_tastes() -> None:
@@ -163,7 +173,7 @@ def test_candidates_are_drawn_by_what_the_model_has_learned_of_the_users_tastes(
         return sum(one.source == "interests" and one.tags == ["ships"] for one in logged)
 
     assert ships_drawn() == 0
-    model.tag_weights.pairs_VV[bucket("ghosts"), bucket("ships")] = 50.0
+    model.taste_model = knows("ghosts", "ships")
     assert ships_drawn() > 3
 
 
@@ -171,13 +181,13 @@ def test_item_that_changes_while_it_is_ranked_is_logged_as_it_was_ranked() -> No
     catalogue = make_catalogue()
 
     class Meanwhile(WordModel):
-        def score(self, user, items, features_NF, tastes, deadline):  # type: ignore[no-untyped-def]
+        def score(self, user, items, features_NF, tag_worth_N, deadline):  # type: ignore[no-untyped-def]
             for item_id in ("i3", "i4"):
                 changed = Item(item_id=item_id, title="Something else entirely")
                 catalogue.apply_item(item_id, encode(changed), NOW_MS)
             while self.encodings.catch_up(WordVectors(), catalogue):
                 pass
-            return super().score(user, items, features_NF, tastes, deadline)
+            return super().score(user, items, features_NF, tag_worth_N, deadline)
 
     texts = {i: catalogue.item(i) for i in ("i3", "i4")}
     model = Meanwhile(catalogue)

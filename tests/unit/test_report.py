@@ -12,9 +12,11 @@ import pytest
 
 from tailrace.settings import GateSettings
 from tests.made_up_slates import make_examples
+from training.calibration import Platt
 from training.evaluate import evaluate
 from training.gate import decide
 from training.item_moves import ItemMove, item_moves
+from training.judged_gains import judged_gains
 from training.popularity import count_popularity
 from training.ranking_metrics import Interval
 from training.report import FIGURES, RoundFacts, write_report
@@ -27,11 +29,11 @@ NASTY = "<script>alert('1')</script> | *bold* & [link](javascript:x) <img src=x 
 def facts() -> RoundFacts:
     examples, worths = make_examples(80)
     rng = np.random.default_rng(4)
-    before = [worth + rng.normal(size=len(worth)) for worth in worths]
+    before = [worth + 3 * rng.normal(size=len(worth)) for worth in worths]
     popularity = count_popularity(examples[:40])
-    seen = np.ones(8)
-    champion = evaluate(examples, before, popularity=popularity, examination_K=seen, bootstrap=50)
-    challenger = evaluate(examples, worths, popularity=popularity, examination_K=seen, bootstrap=50)
+    gains = judged_gains(examples, before, Platt(0.2, -1.1), np.ones(8))
+    champion = evaluate(examples, before, popularity=popularity, gains=gains, bootstrap=50)
+    challenger = evaluate(examples, worths, popularity=popularity, gains=gains, bootstrap=50)
     return RoundFacts(
         version="v8",
         parent="v7",

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import onnx
 import onnxruntime
@@ -14,8 +13,7 @@ import pytest
 
 from services.scorer import EncodedItems, EncodedUsers, Scorer
 from tailrace.errors import BundleError, ProviderError
-from tailrace.model_card import load_ranker_card, save_ranker_card
-from tailrace.tastes import BUCKETS, NO_TAG
+from tailrace.tastes import BUCKETS, TasteModel
 from tests.unit.conftest import FEATURE_NAMES, PRIOR
 
 USERS = [
@@ -45,9 +43,8 @@ def random_features(batch: int, count: int) -> np.ndarray:
     return np.random.default_rng(3).standard_normal((batch, count, len(FEATURE_NAMES))).astype(np.float32)
 
 
-def random_tastes(batch: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(4)
-    return rng.normal(size=(batch, BUCKETS)).astype(np.float32), rng.integers(BUCKETS + 1, size=(batch, count, 3))
+def random_worth(batch: int, count: int) -> np.ndarray:
+    return np.random.default_rng(4).normal(size=(batch, count)).astype(np.float32)
 
 
 def slates(items: EncodedItems, rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -69,8 +66,7 @@ def pooled_states(scorer: Scorer, users: EncodedUsers, states: np.ndarray, mask:
         "item_states": states.astype(np.float32),
         "item_state_mask": mask.astype(np.int64),
         "features": random_features(*mask.shape[:2]),
-        "tastes": np.zeros((len(mask), BUCKETS), np.float32),
-        "tags": np.full((*mask.shape[:2], 1), NO_TAG),
+        "tag_worth": np.zeros(mask.shape[:2], np.float32),
     }
     return np.asarray(scorer._scorer.run(("pooled_states",), feeds)[0])
 
@@ -84,7 +80,7 @@ def test_provider_that_is_not_there_is_refused(bundle_dir: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["int8/scorer.onnx", "int8/user_encoder.onnx", "tokenizer.json", "tag_weights.safetensors", "model.json"]
+    "name", ["int8/scorer.onnx", "int8/user_encoder.onnx", "tokenizer.json", "tastes.safetensors", "model.json"]
 )
 def test_damaged_file_is_named(bundle_dir: Path, tmp_path: Path, name: str) -> None:
     copy = shutil.copytree(bundle_dir, tmp_path / "b", ignore=shutil.ignore_patterns("fp*", "weights*"))
@@ -93,7 +89,7 @@ def test_damaged_file_is_named(bundle_dir: Path, tmp_path: Path, name: str) -> N
         Scorer.load(copy)
 
 
-@pytest.mark.parametrize("name", ["int8/item_encoder.onnx", "int8/words.bin", "tag_weights.safetensors", "model.json"])
+@pytest.mark.parametrize("name", ["int8/item_encoder.onnx", "int8/words.bin", "tastes.safetensors", "model.json"])
 def test_missing_file_is_named(bundle_dir: Path, tmp_path: Path, name: str) -> None:
     copy = shutil.copytree(bundle_dir, tmp_path / "b", ignore=shutil.ignore_patterns("fp*", "weights*"))
     (copy / name).unlink()
@@ -101,17 +97,18 @@ def test_missing_file_is_named(bundle_dir: Path, tmp_path: Path, name: str) -> N
         Scorer.load(copy)
 
 
-def test_bundle_with_other_buckets_of_tags_is_refused_and_one_from_before_knows_nothing_of_them(
-    bundle_dir: Path, tmp_path: Path
-) -> None:
+def test_taste_model_that_fits_no_bucket_or_not_itself_is_refused(bundle_dir: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(bundle_dir, tmp_path / "b", ignore=shutil.ignore_patterns("fp*", "weights*"))
-    card = load_ranker_card(copy)
-    save_ranker_card(msgspec.structs.replace(card, tag_buckets=BUCKETS * 2), copy)
-    with pytest.raises(BundleError, match="1024 buckets of tags"):
-        Scorer.load(copy)
-    save_ranker_card(msgspec.structs.replace(card, tag_buckets=0), copy)
-    (copy / "tag_weights.safetensors").unlink()
-    assert not Scorer.load(copy).tag_weights.worth(np.ones(BUCKETS, np.float32)).any()
+    zeros = np.zeros(1, np.float32)
+    for wrong in (
+        TasteModel(np.array([-1], np.int16), zeros, zeros[None]),
+        TasteModel(np.array([BUCKETS], np.int16), zeros, zeros[None]),
+        TasteModel(np.array([1.0]), zeros, zeros[None]),  # type: ignore[arg-type]
+        TasteModel(np.array([1], np.int16), zeros, np.zeros((2, 2), np.float32)),
+    ):
+        wrong.save(copy / "tastes.safetensors")
+        with pytest.raises(BundleError, match=r"tastes\.safetensors"):
+            Scorer.load(copy)
 
 
 def test_precision_that_was_not_exported_is_refused(bundle_dir: Path) -> None:
@@ -120,14 +117,15 @@ def test_precision_that_was_not_exported_is_refused(bundle_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp16", "fp32"])
-def test_version_zero_scores_by_its_prior_in_every_precision(bundle_dir: Path, precision: str) -> None:
+def test_version_zero_scores_by_its_prior_and_worths_of_tags(bundle_dir: Path, precision: str) -> None:
     scorer = Scorer.load(bundle_dir, precision=precision)  # type: ignore[arg-type]  # parametrize gives a plain str
     features = random_features(2, 5)
     features[0, 0] = 1e6  # a raw counter may be larger than float16 can hold
     states, mask = slates(scorer.encode_items(ITEMS), [[0, 1, 2, 3, 4]] * 2)
-    logits, ratings = scorer.score(scorer.encode_users(USERS), states, mask, features, *random_tastes(*mask.shape[:2]))
+    worth = random_worth(*mask.shape[:2])
+    logits, ratings = scorer.score(scorer.encode_users(USERS), states, mask, features, worth)
     weights = np.array([PRIOR.get(name, 0.0) for name in FEATURE_NAMES], np.float32)
-    np.testing.assert_allclose(logits, features @ weights, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(logits, features @ weights + worth, rtol=1e-5, atol=1e-5)
     assert ((ratings >= 1) & (ratings <= 5)).all()
 
 
@@ -177,9 +175,9 @@ def test_long_slates_are_scored_in_parts_without_a_trace(exact: Scorer) -> None:
     states, mask = slates(exact.encode_items(ITEMS), rows)
     features = random_features(1, 700)
     users = exact.encode_users(USERS[:1])
-    tastes, tags = random_tastes(1, 700)
-    logits, _ = exact.score(users, states, mask, features, tastes, tags)
-    last, _ = exact.score(users, states[:, -3:], mask[:, -3:], features[:, -3:], tastes, tags[:, -3:])
+    worth = random_worth(1, 700)
+    logits, _ = exact.score(users, states, mask, features, worth)
+    last, _ = exact.score(users, states[:, -3:], mask[:, -3:], features[:, -3:], worth[:, -3:])
     np.testing.assert_allclose(logits[:, -3:], last, atol=1e-5)
 
 
@@ -197,20 +195,18 @@ def test_empty_lists_give_empty_answers(exact: Scorer) -> None:
         np.zeros((2, 0, 4, 384), np.float16),
         np.zeros((2, 0, 4), np.bool_),
         random_features(2, 0),
-        *random_tastes(2, 0),
+        random_worth(2, 0),
     )
     assert logits.shape == ratings.shape == (2, 0)
 
 
 def test_features_of_another_model_are_refused(exact: Scorer) -> None:
     states, mask = slates(exact.encode_items(ITEMS), [[0, 1]])
-    users, (tastes, tags) = exact.encode_users(USERS[:1]), random_tastes(1, 2)
+    users, worth = exact.encode_users(USERS[:1]), random_worth(1, 2)
     with pytest.raises(ValueError, match="features have shape"):
-        exact.score(users, states, mask, np.zeros((1, 2, 3), np.float32), tastes, tags)
-    with pytest.raises(ValueError, match="tastes"):
-        exact.score(users, states, mask, random_features(1, 2), tastes[:, 1:], tags)
-    with pytest.raises(ValueError, match="tags"):
-        exact.score(users, states, mask, random_features(1, 2), tastes, tags[:, 1:])
+        exact.score(users, states, mask, np.zeros((1, 2, 3), np.float32), worth)
+    with pytest.raises(ValueError, match="worths of tags"):
+        exact.score(users, states, mask, random_features(1, 2), worth[:, 1:])
 
 
 def test_serving_imports_neither_torch_nor_transformers() -> None:
