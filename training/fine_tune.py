@@ -161,7 +161,7 @@ def fine_tune(
         new_learner = partial(Learner, first_layer=first_layer, num_positions=places)
         learner = new_learner(copy.deepcopy(parent), lora_rank=settings.lora_rank, dropout=settings.dropout).to(device)
         learner.expect_places(seen_K)
-        weights = learn_tastes(learner, [*train, *replay], stop_slice, seen_K)
+        weights = learn_tastes(learner, [*train, *replay], corpus, precision, seen_K)
         add_level(learner.ranker.head, _find_level(learner, corpus, precision, seen_K))
         stepped = learner.learned()
         replayed = [index for index, lesson in enumerate(lessons) if lesson.replayed]

@@ -2,14 +2,15 @@
 
 What tags are worth to a user was said by features until then, one by one (`tailrace.responses`), and most of that is
 said better by a model that infers all of it together. So three parts of the click logits are weighed against each
-other on the stop slice: tastes, those features, and everything else.
+other: tastes, those features, and everything else.
 
-Shapes: B slates, N candidates.
+Shapes: E lessons, N candidates.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -18,12 +19,15 @@ from torch import Tensor
 
 from tailrace.responses import TOPIC_NAMES
 from tailrace.tastes import TasteModel
+from training.dataset import Corpus, Precision
 from training.examples import Example
 from training.learner import Learner, scale_clicks
-from training.stop_slice import StopSlice
+from training.losses import best_factors
+from training.stop_slice import pad_logits, score_corpus
 from training.taste_model import fit_taste_model
 
-_BOUNDS = ((0.0, 16.0), (0.0, 16.0), (1 / 16, 16.0))  # the last part scales the whole head
+_MOST, _LEAST_REST = 16.0, 1 / 16  # of a factor; the last scales the whole head
+_PULL = 1.0  # the factors are expected to be 1, give or take as much: little evidence leaves them there
 
 
 class Weights(NamedTuple):
@@ -35,44 +39,60 @@ class Weights(NamedTuple):
 
 
 def learn_tastes(
-    learner: Learner, examples: Sequence[Example], stop: StopSlice, seen_K: NDArray[np.float64]
+    learner: Learner, examples: Sequence[Example], corpus: Corpus, precision: Precision, seen_K: NDArray[np.float64]
 ) -> Weights | None:
     """Changes what the learner knows of tastes and the scale of its head, in place, and returns by which factors.
 
-    Returns None, and changes nothing, where the stop slice is explained no better. Of a team, each calls this with the
-    same examples, and all get the same.
+    `examples` are all there are to learn from, `corpus` what was chosen of them, in the head's standard units. Returns
+    None, and changes nothing, where nothing was clicked. Of a team, each calls this with the same examples, and all
+    get the same.
     """
-    ranker = learner.ranker
-    fitted = fit_taste_model(examples, seen_K, ranker.taste_model) if stop.tells else None
+    # 1. Tastes, of all users and of each half of them.
+    ranker, lessons = learner.ranker, corpus.examples
+    fitted = fit_taste_model(examples, seen_K, ranker.taste_model)
     if fitted is None:
         return None
-    # 1. The parts of the logits, by leaving each of them out.
-    before, prior = ranker.taste_model, ranker.head.prior.detach().clone()
+    halves = [[one for one in examples if _half(one) == half] for half in (0, 1)]
+    of_half = [fit_taste_model(half, seen_K, ranker.taste_model) or TasteModel.ignorant() for half in halves]
+    # 2. The parts of the logits. A user's clicks have a say in what is known, so it is told by the other half.
+    tastes = [torch.from_numpy(of_half[1 - _half(one)].worth_of(one.tastes)) for one in lessons]
+    prior = ranker.head.prior.detach().clone()
     of_topics = torch.tensor([name in TOPIC_NAMES for name in ranker.feature_names], device=prior.device)
 
-    def score(taste_model: TasteModel, prior: Tensor) -> Tensor:
-        ranker.taste_model = taste_model
-        _put(ranker.head.prior, prior)
-        return stop.score(learner)
+    def score() -> list[Tensor]:
+        return list(score_corpus(learner, corpus, precision, range(len(corpus))).values())
 
-    rest = score(TasteModel.ignorant(), prior.masked_fill(of_topics, 0.0))
-    with_topics = score(TasteModel.ignorant(), prior)
-    whole = score(fitted, prior)
-    parts = torch.stack([whole - with_topics, with_topics - rest, rest])
-    # 2. How much of each explains best what was shown. What was not is what the logging model thought little of, so it
+    ranker.taste_model = TasteModel.ignorant()
+    with_topics = score()
+    _put(ranker.head.prior, prior.masked_fill(of_topics, 0.0))
+    rest = score()
+    # 3. How much of each explains best what was shown. What was not is what the logging model thought little of, so it
     #    would speak for the parts that this model was made of.
-    weights = Weights(*stop.weigh(learner, parts, _BOUNDS, unshown_weight=0.0))
-    ranker.taste_model = replace(fitted, gain=weights.tastes / weights.rest)
+    labels = corpus.labels(range(len(corpus)))
+    padded = [pad_logits(of, labels.real) for of in (tastes, with_topics, rest)]
+    with torch.no_grad():
+        bias = learner.place_bias(labels.shown)
+    weights = Weights(
+        *best_factors(
+            torch.stack([padded[0], padded[1] - padded[2], padded[2]]),
+            labels.gains,
+            labels.shown,
+            labels.real,
+            bias,
+            [(0.0, _MOST), (0.0, _MOST), (_LEAST_REST, _MOST)],
+            unshown_weight=0.0,
+            pull=_PULL,
+        )
+    )
     _put(ranker.head.prior, torch.where(of_topics, prior * (weights.topics / weights.rest), prior))
+    ranker.taste_model = replace(fitted, gain=weights.tastes / weights.rest)
     scale_clicks(ranker, weights.rest)
-    # 3. Kept where it is better than the parent.
-    after = stop.measure(learner)
-    if after is not None and after.loss < after.parent_loss:
-        return weights
-    scale_clicks(ranker, 1 / weights.rest)
-    ranker.taste_model = before
-    _put(ranker.head.prior, prior)
-    return None
+    return weights
+
+
+def _half(example: Example) -> int:
+    """Returns to which half of the users this one's belongs, 0 or 1: always the same."""
+    return crc32(example.user_id.encode()) % 2
 
 
 def _put(weights: Tensor, values: Tensor) -> None:

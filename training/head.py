@@ -1,4 +1,4 @@
-"""What the ranker makes of pooled states, late features and tastes: click logits and ratings, as a torch module.
+"""What the ranker makes of pooled states, late features and the worth of tags: click logits and ratings, in torch.
 
 Shapes: B requests, N candidates, H hidden size, F features.
 """

@@ -86,19 +86,22 @@ def best_factors(
     bounds: Sequence[tuple[float, float]],
     *,
     unshown_weight: float,
+    pull: float = 0.0,
 ) -> list[float]:
     """Returns by how much to multiply each of P parts of the logits for their sum to explain the gains best; else ones.
 
     Temperature scaling (Guo et al. 2017, "On calibration of modern neural networks"), of one part or of several. The
-    loss is convex in the factors, each of which stays within its bounds. The position bias, which is added afterwards,
-    stays as it is.
+    loss is convex in the factors, each of which stays within its bounds. With `pull` they are expected to be 1, with
+    this inverse variance. The position bias, which is added afterwards, stays as it is.
     """
+    taught = max(int(((gains_BN * shown_BN).sum(1) > 0).sum()), 1)
     parts_PBN, bias_BN = parts_PBN.double(), bias_BN.double()
 
     def loss(factors_P: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         factors = torch.from_numpy(factors_P).to(parts_PBN.device).requires_grad_()
         logits_BN = torch.tensordot(factors, parts_PBN, dims=1) + bias_BN
         found = listwise_loss(logits_BN, gains_BN, shown_BN, real_BN, unshown_weight=unshown_weight)
+        found = found + pull * ((factors - 1) ** 2).sum() / 2 / taught
         found.backward()  # type: ignore[no-untyped-call]
         return found.item(), np.zeros(len(factors)) if factors.grad is None else factors.grad.cpu().numpy()
 

@@ -182,6 +182,6 @@ def _report(this: Round) -> str:
 
 def _describe_step(weights: Weights | None) -> str:
     if weights is None:
-        return "tastes learned anew explain the stop slice no better"
+        return "nothing was learned of tastes"
     tastes, topics, rest = weights
     return f"parts kept: {tastes:.2f} of tastes learned anew, {topics:.2f} of topics' features, {rest:.2f} of the rest"

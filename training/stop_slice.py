@@ -46,10 +46,18 @@ class StopSlice:
         labels = self._labels
         with torch.no_grad():
             logits, bias = self.score(learner), learner.place_bias(labels.shown)
-        parent = self._parent * self.weigh(learner, self._parent.unsqueeze(0), [(1 / 16, 16.0)])[0]
+        [factor] = best_factors(
+            self._parent.unsqueeze(0),
+            labels.gains,
+            labels.shown,
+            labels.real,
+            bias,
+            [(1 / 16, 16.0)],
+            unshown_weight=self._unshown_weight,
+        )
         own, usual = (
             listwise_loss(one + bias, labels.gains, labels.shown, labels.real, unshown_weight=self._unshown_weight)
-            for one in (logits, parent)
+            for one in (logits, factor * self._parent)
         )
         return StopFigures(float(own), float(usual), float(ndcg(logits, labels.gains, labels.shown).nanmean()))
 
@@ -57,20 +65,6 @@ class StopSlice:
         """Returns the learner's click logits [B,N], 0 where there is no candidate."""
         found = score_corpus(learner, self._corpus, self._precision, range(len(self._corpus)))
         return pad_logits(list(found.values()), self._labels.real)
-
-    def weigh(
-        self,
-        learner: Learner,
-        parts_PBN: Tensor,
-        bounds: Sequence[tuple[float, float]],
-        unshown_weight: float | None = None,
-    ) -> list[float]:
-        """Returns by how much to multiply each part of the logits for their sum to explain the slice best."""
-        labels = self._labels
-        with torch.no_grad():
-            bias = learner.place_bias(labels.shown)
-        weight = self._unshown_weight if unshown_weight is None else unshown_weight
-        return best_factors(parts_PBN, labels.gains, labels.shown, labels.real, bias, bounds, unshown_weight=weight)
 
 
 def score_corpus(learner: Learner, corpus: Corpus, precision: Precision, among: Sequence[int]) -> dict[int, Tensor]:
