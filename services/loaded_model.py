@@ -23,13 +23,13 @@ from services.parts import Parts
 from services.recently_used import RecentlyUsed
 from services.scorer import EncodedUsers, Scorer
 from services.tally import VersionTally
-from tailrace.bundle import Bundle, LooseBundle
+from tailrace.bundle import MODEL_CARD, Bundle, LooseBundle
 from tailrace.catalogue import Catalogue
 from tailrace.cosines import Floats
 from tailrace.errors import BundleError, ScoringError, TooLate
 from tailrace.features import FEATURE_NAMES
 from tailrace.ids import ModelVersion
-from tailrace.model_card import takes_our_input
+from tailrace.model_card import load_ranker_card, takes_our_input
 from tailrace.settings import RankerSettings, Settings
 from tailrace.tastes import Answers
 
@@ -96,12 +96,12 @@ class LoadedModel:
         """
         ranker = settings.ranker
         precision = ranker.served_precision
+        card = load_ranker_card(bundle.file(MODEL_CARD).parent)
+        if tuple(card.feature_names) != FEATURE_NAMES or not takes_our_input(card):
+            raise BundleError(f"{version} was trained on other features or text than this program makes")
         scorer = Scorer.open(
             bundle, parts, run, precision=precision, provider=ranker.device, intra_op_threads=ranker.intra_op_threads
         )
-        card = scorer.card
-        if tuple(card.feature_names) != FEATURE_NAMES or not takes_our_input(card):
-            raise BundleError(f"{version} was trained on other features or text than this program makes")
         encoder = encoder_digest(bundle, precision, card.max_item_tokens)
 
         def encode_nothing_yet() -> ItemEncodings:

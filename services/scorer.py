@@ -69,6 +69,7 @@ class Scorer:
         self._texts_per_call, self._states_per_call = _TEXTS_PER_CALL[provider], _STATES_PER_CALL[provider]
         self._user_tokenizer, self._item_tokenizer = tokenizers
         self._user_encoder, self._item_encoder, self._scorer = sessions
+        self._scorer_inputs = {value.name for value in self._scorer.get_inputs()}  # two towers look at no keys
 
     @classmethod
     def load(
@@ -209,6 +210,7 @@ class Scorer:
                 "features": features_BNF[:, part].astype(np.float32),
                 "tag_worth": tag_worth_BN[:, part].astype(np.float32),
             }
+            feeds = {name: value for name, value in feeds.items() if name in self._scorer_inputs}
             logits[:, part], ratings[:, part] = self._scorer.run(("click_logits", "ratings"), feeds)
         return logits, ratings
 

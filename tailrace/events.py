@@ -34,8 +34,8 @@ ScaleValue = Annotated[float, Meta(ge=-1e9, le=1e9)]
 
 OccurredAt = Annotated[datetime, Meta(tz=True)] | Annotated[int, Meta(ge=0, le=253_402_300_799_000)]
 Scalar = str | float | bool
-MOST_TAGS_ANSWERED = 64  # of a user
-Amount = Annotated[float, Meta(ge=0, le=1e6)]
+MOST_TAGS_ANSWERED, MOST_ANSWERED = 64, 500.0  # of a user: how many, and how much of each
+Amount = Annotated[float, Meta(ge=0, le=MOST_ANSWERED)]
 Answer = tuple[Amount, Amount]  # how much of a tag was clicked, and how much of it shown
 ShortText = Annotated[str, Meta(max_length=256)]
 ShortScalar = ShortText | float | bool  # kept in profiles, so bounded

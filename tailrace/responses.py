@@ -16,7 +16,7 @@ from tailrace.events import Answer
 from tailrace.ids import ItemId
 from tailrace.items import TAG
 from tailrace.profile import INTEREST_HALF_LIFE_MS, Profile
-from tailrace.tastes import most_answered
+from tailrace.tastes import MOST_TAGS, most_answered
 from tailrace.topic_index import Topics
 
 # Evidence is weighed against this many clicks of none: a tag's first showings move its response little. Chosen in
@@ -114,14 +114,14 @@ def _answers(profile: Profile, topics_of: TopicsOf, now_ms: int) -> dict[str, An
     answers: dict[str, Answer] = {}
     clicked = profile.clicks.seen
     for item_id, (last_ms, times) in profile.impressions.seen.items():
-        tags = [topic.removeprefix(TAG) for topic in topics_of(item_id) if topic.startswith(TAG)]
-        if tags and times:
-            shown = times * _faded(last_ms, now_ms) / len(tags) ** 0.5
-            taken = shown / times if clicked.get(item_id, _UNSEEN)[1] else 0.0
+        tags = [topic for topic in topics_of(item_id) if topic.startswith(TAG)][:MOST_TAGS] if times else []
+        if tags:
+            once = _faded(last_ms, now_ms) / len(tags) ** 0.5
+            taken = once if clicked.get(item_id, _UNSEEN)[1] else 0.0
             for tag in tags:
                 before = answers.get(tag, _NO_ANSWER)
-                answers[tag] = before[0] + taken, before[1] + shown
-    return answers
+                answers[tag] = before[0] + taken, before[1] + times * once
+    return {tag.removeprefix(TAG): answer for tag, answer in answers.items()}
 
 
 def _by_topic(

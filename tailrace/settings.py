@@ -109,7 +109,7 @@ class SlateSettings(_Section, frozen=True, kw_only=True):
     rating_weight: Annotated[float, _doc("weight of the predicted rating (1 to 5) beside the click logit")] = 0.25
     diversity: Annotated[Share, _doc("MMR: 0 is pure relevance, 1 pure novelty")] = 0.15
     max_per_tag: Annotated[int, _doc("most items of one tag in a slate; 0: no cap")] = 4
-    exploration: Annotated[Share, _doc("share of slate positions drawn at random from the next candidates")] = 0.1
+    exploration: Annotated[Share, _doc("share of slate positions drawn at random from the next candidates")] = 0.05
     explore_pool: Annotated[Positive, _doc("how many candidates below the slate may be explored")] = 50
     unshown_logged: Annotated[int, _doc("losing candidates logged with each impression")] = 5
 

@@ -1,4 +1,4 @@
-"""What a user made of tags, and how a ranker infers from it what each tag is worth to them. Pure.
+"""What a user made of tags, and how a ranker infers from it what each tag is worth to them.
 
 Whoever likes castles may like ghosts: no text says so, only what many users do. So tastes are drawn from a normal
 distribution over tags that training learns from the log (`training.taste_model`), and a user's is inferred from what
@@ -25,13 +25,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from tailrace.errors import BundleError
-from tailrace.events import MOST_TAGS_ANSWERED, Answer
+from tailrace.events import MOST_ANSWERED, MOST_TAGS_ANSWERED, Answer
 from tailrace.items import TAG, Item
 
 BUCKETS = 16_384
 NO_TAG = BUCKETS  # stands where an item has no further tag
 MOST_TAGS = 8  # of an item; what comes after them is not looked at
 TASTE_MODEL_FILE = "tastes.safetensors"
+_LARGEST = 1e4  # of a number that training makes
 _DIGITS = 4
 
 Floats = NDArray[np.float32]
@@ -61,68 +62,107 @@ class Tastes:
         return Tastes(self.answers, self.tags_NK[chosen])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class TasteModel:
     """What is known of tastes before a user is: in click logits, what a tag is worth, and how that varies over users.
 
-    `known_T` int16 are the buckets it knows, ascending; `mean_T` and `covariance_TT` float32 are those of their worths.
-    `click_rate` is how often an item of middling worth is clicked when shown, `information` how much one showing tells
-    of its tag's worth (the inverse of a variance), and `gain` how much of all that goes into the score.
+    `known_T` int16 are the buckets it knows, ascending; `mean_T` and `covariance_TT` are those of their worths.
+    `rate_T` is how much is clicked of what is shown of a tag by somebody of middling taste, `information_T` how much
+    that tells of its worth (the inverse of a variance, for each unit shown), and `together_TT` how far two tags, shown
+    as they usually are, tell the same (a correlation). `gain` is how much of all that goes into a score. All float32.
     """
 
     known_T: TagBuckets
     mean_T: Floats
     covariance_TT: Floats
-    click_rate: float = 0.0
-    information: float = 0.0
+    rate_T: Floats
+    information_T: Floats
+    together_TT: Floats
     gain: float = 0.0
 
     @classmethod
     def ignorant(cls) -> Self:
         """Returns a model that knows no tag: none is worth anything, whatever a user clicks."""
-        return cls(np.zeros(0, np.int16), np.zeros(0, np.float32), np.zeros((0, 0), np.float32))
+        none_T, none_TT = np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
+        return cls(np.zeros(0, np.int16), none_T, none_TT, none_T, none_T, none_TT)
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Returns the model of a file that `save` wrote. Raises BundleError."""
+        """Returns the model of a file that `save` wrote. Raises BundleError, also for one that could not be used."""
         try:
             found = load_file(path)
-            model = cls(found["known"], found["mean"], found["covariance"], *found["scalars"].tolist())
-        except (OSError, SafetensorError, KeyError, TypeError) as error:
+            model = cls(
+                found["known"],
+                found["mean"],
+                found["covariance"],
+                found["rate"],
+                found["information"],
+                found["together"],
+                found["gain"].item(),
+            )
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise BundleError(f"{path}: {error}") from error
-        known_T, count = model.known_T, len(model.known_T)
-        if known_T.dtype != np.int16 or not ((known_T >= 0) & (known_T < BUCKETS)).all():
-            raise BundleError(f"{path}: knows buckets of tags that this program does not make")
-        if (model.mean_T.shape, model.covariance_TT.shape) != ((count,), (count, count)):
-            raise BundleError(f"{path}: means and covariances are not those of {count} tags")
+        if fault := model._fault():
+            raise BundleError(f"{path}: {fault}")
         return model
 
     def save(self, path: Path) -> None:
         """Writes the model to a file."""
-        scalars = np.array([self.click_rate, self.information, self.gain])
-        found = {"known": self.known_T, "mean": self.mean_T, "covariance": self.covariance_TT, "scalars": scalars}
+        found = {
+            "known": self.known_T,
+            "mean": self.mean_T,
+            "covariance": self.covariance_TT,
+            "rate": self.rate_T,
+            "information": self.information_T,
+            "together": self.together_TT,
+            "gain": np.array([self.gain]),
+        }
         save_file({name: np.ascontiguousarray(values) for name, values in found.items()}, path)
 
     def worth(self, answers: Answers) -> Floats:
         """Returns float32 [V]: what a tag of each bucket adds to a click logit of the user with these answers.
 
-        The posterior mean, each tag's clicks beyond the usual being taken for a noisy sight of its worth.
+        The posterior mean, a tag's clicks beyond the usual being taken for a noisy sight of its worth.
         """
         worth_V = np.zeros(BUCKETS, np.float32)
         rows_E = np.searchsorted(self.known_T, answers.met_E)
         known_E = np.append(self.known_T, NO_TAG)[rows_E] == answers.met_E
         met_E, clicked_E, shown_E = rows_E[known_E], answers.clicked_E[known_E], answers.shown_E[known_E]
-        certainty_E = self.information * shown_E.astype(np.float64)
-        surprise_E = clicked_E - self.click_rate * shown_E.astype(np.float64)
+        surprise_E = clicked_E - self.rate_T[met_E] * shown_E
+        root_E = np.sqrt(self.information_T[met_E] * shown_E.astype(np.float64))
+        told_EE = root_E[:, None] * self.together_TT[np.ix_(met_E, met_E)] * root_E
         covariance_TE = self.covariance_TT[:, met_E].astype(np.float64)
-        # (S + 1/c) x = s/c, with both sides multiplied by c: nothing is divided by a certainty of nearly nothing.
-        system_EE = np.eye(len(met_E)) + certainty_E[:, None] * covariance_TE[met_E]
+        # With S the covariance and H what was told: (1/S + H)^-1 = S (1 + H S)^-1, so nothing is divided by nearly 0.
+        system_EE = np.eye(len(met_E)) + told_EE @ covariance_TE[met_E]
         worth_V[self.known_T] = self.gain * (self.mean_T + covariance_TE @ np.linalg.solve(system_EE, surprise_E))
         return worth_V
 
     def worth_of(self, tastes: Tastes) -> Floats:
         """Returns float32 [N]: what their tags add to the click logits of candidates."""
         return sum_worth(self.worth(tastes.answers), tastes.tags_NK)
+
+    def _fault(self) -> str:
+        """Returns why the model could not be used, or nothing."""
+        count, known_T = len(self.known_T), self.known_T
+        if known_T.dtype != np.int16 or not (np.diff(np.r_[-1, known_T, BUCKETS].astype(int)) > 0).all():
+            return "knows tags by other buckets than this program makes"
+        of_tags, of_pairs = (self.mean_T, self.rate_T, self.information_T), (self.covariance_TT, self.together_TT)
+        if [one.shape for one in (*of_tags, *of_pairs)] != [(count,)] * 3 + [(count, count)] * 2:
+            return f"numbers are not those of {count} tags"
+        numbers = (*of_tags, *of_pairs, np.array(self.gain))
+        if not all(np.isfinite(one).all() and (np.abs(one) < _LARGEST).all() for one in numbers):
+            return "numbers that no training makes"
+        if (self.information_T < 0).any() or any(_indefinite(one) for one in of_pairs):
+            return "variances below zero"
+        return ""
+
+
+def _indefinite(matrix_TT: Floats) -> bool:
+    """Whether a matrix is no covariance, by more than rounding."""
+    if not len(matrix_TT):
+        return False
+    lowest, highest = np.linalg.eigvalsh(matrix_TT.astype(np.float64))[[0, -1]]
+    return not np.allclose(matrix_TT, matrix_TT.T) or bool(lowest < -1e-4 * highest)
 
 
 def make_tastes(answers: Mapping[str, Answer], tags_N: Sequence[Sequence[str]]) -> Tastes:
@@ -168,12 +208,19 @@ def tags_of(item: Item) -> list[str]:
 def most_answered(answers: Mapping[str, Answer]) -> dict[str, Answer]:
     """Returns the answers that are kept of a user's, of most showings: those ranked on and those logged are the same.
 
+    They are rounded, and cut at the limit of the log: a thousand showings say no more than some hundreds.
+
     >>> most_answered({"gothic": (0.123456, 2.0), "war": (0.0, 0.0), "ghosts": (1.0, 3.0)})
     {'ghosts': (1.0, 3.0), 'gothic': (0.1235, 2.0)}
     """
     kept = sorted(answers, key=lambda tag: (-answers[tag][1], tag))[:MOST_TAGS_ANSWERED]
-    rounded = {tag: (round(answers[tag][0], _DIGITS), round(answers[tag][1], _DIGITS)) for tag in kept}
-    return {tag: answer for tag, answer in rounded.items() if answer[1]}
+    found: dict[str, Answer] = {}
+    for tag in kept:
+        clicked, shown = answers[tag]
+        part = min(MOST_ANSWERED / shown, 1.0) if shown else 0.0
+        if answered := round(part * shown, _DIGITS):
+            found[tag] = round(part * clicked, _DIGITS), answered
+    return found
 
 
 @lru_cache(maxsize=65_536)

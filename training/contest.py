@@ -65,7 +65,9 @@ def compare(
     before_by_model = [scores[: len(calibrate_on)] for scores in scores_by_model]
     scores_by_model = [scores[len(calibrate_on) :] for scores in scores_by_model]
     platts = [_calibrate(calibrate_on, before) for before in before_by_model]
-    gains = judged_gains(holdout, scores_by_model[0], platts[0], examination_K)
+    # Two numbers of a whole slice favour nobody on it, and few examples would tell them badly.
+    expects = _calibrate(told, [*before_by_model[0], *scores_by_model[0]])
+    gains = judged_gains(holdout, scores_by_model[0], expects, examination_K)
     found = [
         evaluate(
             holdout,

@@ -105,6 +105,7 @@ class Corpus:
         self._shared = min(_first_difference(ranker), first_layer)
         self._pad_token = ranker.bert.shape.pad_token_id or 0
         self._mean, self._std = units
+        self._worth_under, self._worth = TasteModel.ignorant(), dict[int, NDArray[np.float32]]()
 
         # 1. Texts as tokens, cut as they are in serving.
         self._users = _tokenize(tokenizer, [lesson.example.user_text for lesson in lessons], max_user_tokens)
@@ -170,7 +171,6 @@ class Corpus:
             state_mask = real.unsqueeze(-1).long() if self._pooled_only else self._table_mask[rows] * real.unsqueeze(-1)
         users = [one.users for one in held]
         lengths = torch.tensor([len(states) for states in users])
-        tastes = [self.lessons[index].example.tastes for index in chosen]
         features = [(self.lessons[index].example.features_NF - self._mean) / self._std for index in chosen]
         return self._place(
             Batch(
@@ -180,10 +180,18 @@ class Corpus:
                 states=states,
                 state_mask=state_mask,
                 features=_pad([one.astype(np.float32) for one in features], 0.0),
-                tag_worth=_pad([taste_model.worth_of(one) for one in tastes], 0.0),
+                tag_worth=_pad([self._tag_worth(index, taste_model) for index in chosen], 0.0),
                 real=real,
             )
         )
+
+    def _tag_worth(self, index: int, taste_model: TasteModel) -> NDArray[np.float32]:
+        """Returns [N]: solved once for each example, as long as it is the same model that asks."""
+        if self._worth_under is not taste_model:
+            self._worth_under, self._worth = taste_model, {}
+        if index not in self._worth:
+            self._worth[index] = taste_model.worth_of(self.lessons[index].example.tastes)
+        return self._worth[index]
 
     def labels(self, chosen: Sequence[int]) -> Labels:
         """Returns what became of these examples, on the device."""

@@ -59,8 +59,8 @@ class Evaluation:
     """One model on one set of examples.
 
     `ranked` slates have a gain and more than one item, and only they tell about ranks. `judged_E` is what the gate
-    compares: NDCG@10 by example among all logged candidates, NaN where a slate cannot tell. `readers_E` numbers the
-    readers: slates of one hang together.
+    compares: NDCG@10 by example among all logged candidates, NaN where there is nothing to gain or to order.
+    `readers_E` numbers the readers: slates of one hang together.
     """
 
     examples: int

@@ -194,10 +194,10 @@ def load_ranker(directory: Path) -> tuple[SplitRanker, Tokenizer, RankerCard]:
         prior=card.prior,
         head_width=card.head_width,
     )
+    ranker.taste_model = TasteModel.load(directory / TASTE_MODEL_FILE)
     try:
         weights = load_file(directory / WEIGHTS_FILE)
         ranker.load_state_dict(weights)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise BundleError(f"{directory / WEIGHTS_FILE}: {error}") from error
-    ranker.taste_model = TasteModel.load(directory / TASTE_MODEL_FILE)
     return ranker, Tokenizer.from_file(str(directory / TOKENIZER_FILE)), card

@@ -9,7 +9,7 @@ import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -28,7 +28,7 @@ from training.dataset import Corpus, Precision
 from training.examination import fit_examination
 from training.examples import Example
 from training.export import Progress
-from training.first_step import Weights, learn_tastes
+from training.first_step import Factors, learn_tastes
 from training.learner import (
     Learner,
     add_level,
@@ -56,14 +56,14 @@ class FineTuned:
     """What a fine-tune came to.
 
     `better` says whether `ranker` is a new one: otherwise it is the very parent, and `reason` says why.
-    `first_step` is how the parts of the score were weighed when tastes had been learned, None where that did not help.
+    `first_step` is how much of the parts of the score was kept when tastes had been learned, None where they were not.
     `lessons` impressions were learned from; `impressions_per_s` counts each pass over them in all the time it took.
     """
 
     ranker: SplitRanker
     better: bool
     reason: str
-    first_step: Weights | None
+    first_step: Factors | None
     history: list[EpochRecord]
     steps: int
     lessons: int
@@ -153,19 +153,19 @@ def fine_tune(
         places = min(max(lesson.example.num_shown for lesson in lessons), MOST_PLACES) if position_bias else 1
         seen_K = fit_examination([lesson.example for lesson in lessons], max(places, 1))
         _scale(as_parent, corpus, precision, settings.unshown_weight, seen_K)
-        stop_slice = StopSlice(stop_corpus, as_parent, precision, settings.unshown_weight)  # there it is to be beaten
+        # What it says: of the stop slice, to be beaten there, and of older slates, to stay near it.
+        stop_slice = StopSlice(stop_corpus, as_parent, precision, settings.unshown_weight)
+        replayed = [index for index, lesson in enumerate(lessons) if lesson.replayed]
+        on_replay = score_corpus(as_parent, corpus, precision, replayed if settings.kl_weight else [])
         reading_s = time.perf_counter() - started
 
-        # 5. A first step, after which the level is found that no listwise loss knows. What is said then of older
-        #    slates is what the epochs stay near.
+        # 5. A first step, after which the level is found that no listwise loss knows.
         new_learner = partial(Learner, first_layer=first_layer, num_positions=places)
         learner = new_learner(copy.deepcopy(parent), lora_rank=settings.lora_rank, dropout=settings.dropout).to(device)
         learner.expect_places(seen_K)
-        weights = learn_tastes(learner, [*train, *replay], corpus, precision, seen_K)
+        factors = learn_tastes(learner, [*train, *replay], corpus, precision, seen_K)
         add_level(learner.ranker.head, _find_level(learner, corpus, precision, seen_K))
         stepped = learner.learned()
-        replayed = [index for index, lesson in enumerate(lessons) if lesson.replayed]
-        on_replay = score_corpus(learner, corpus, precision, replayed if settings.kl_weight else [])
 
         # 6. From there, or from where an earlier call was killed, epoch by epoch.
         course = Course(
@@ -176,7 +176,9 @@ def fine_tune(
             settings,
             precision=precision,
             folder=folder,
-            fingerprint=_fingerprint(ranker, lessons, stop, settings, max_user_tokens, max_item_tokens, places),
+            fingerprint=_fingerprint(
+                ranker, [*train, *replay, *stop], settings, max_user_tokens, max_item_tokens, places
+            ),
             facts=facts or {},
         )
         if course.learner.layers:  # the head alone is too little work to share
@@ -203,7 +205,7 @@ def fine_tune(
         ranker=result,
         better=chosen is not None,
         reason=reason,
-        first_step=weights,
+        first_step=factors,
         history=standing.history,
         steps=standing.step,
         lessons=len(lessons),
@@ -290,14 +292,14 @@ def _place_logits(example: Example, seen_K: NDArray[np.float64]) -> NDArray[np.f
     return result
 
 
-def _fingerprint(
-    ranker: SplitRanker, lessons: Sequence[Lesson], stop: Sequence[Example], settings: TrainingSettings, *sizes: int
-) -> str:
+def _fingerprint(ranker: SplitRanker, examples: Sequence[Example], settings: TrainingSettings, *sizes: int) -> str:
     """Returns what tells one fine-tune from another: its settings, its parent, its examples and their labels."""
     digest = hashlib.sha256(msgspec.json.encode([_METHOD, settings, sizes]))
     for weight in ranker.state_dict().values():
         digest.update(weight.detach().cpu().contiguous().numpy().tobytes())
-    for example in [*(lesson.example for lesson in lessons), *stop]:
+    digest.update(repr([np.asarray(part).tolist() for part in astuple(ranker.taste_model)]).encode())
+    for example in examples:
         digest.update(example.request_id.encode())
-        digest.update(example.gains_N.tobytes())
+        for labels_N in (example.gains_N, example.clicked_N, example.ratings_N):
+            digest.update(labels_N.tobytes())
     return digest.hexdigest()

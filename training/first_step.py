@@ -25,13 +25,14 @@ from training.learner import Learner, scale_clicks
 from training.losses import best_factors
 from training.stop_slice import pad_logits, score_corpus
 from training.taste_model import fit_taste_model
+from training.team import Team
 
 _MOST, _LEAST_REST = 16.0, 1 / 16  # of a factor; the last scales the whole head
 _PULL = 1.0  # the factors are expected to be 1, give or take as much: little evidence leaves them there
 
 
-class Weights(NamedTuple):
-    """How much of each part of the click logits is kept, as a factor."""
+class Factors(NamedTuple):
+    """How much of each part of the click logits is kept."""
 
     tastes: float
     topics: float
@@ -40,16 +41,16 @@ class Weights(NamedTuple):
 
 def learn_tastes(
     learner: Learner, examples: Sequence[Example], corpus: Corpus, precision: Precision, seen_K: NDArray[np.float64]
-) -> Weights | None:
+) -> Factors | None:
     """Changes what the learner knows of tastes and the scale of its head, in place, and returns by which factors.
 
     `examples` are all there are to learn from, `corpus` what was chosen of them, in the head's standard units. Returns
-    None, and changes nothing, where nothing was clicked. Of a team, each calls this with the same examples, and all
-    get the same.
+    None, and changes nothing, where all or nothing was clicked. Of a team, each calls this with the same examples, and
+    all get the same.
     """
     # 1. Tastes, of all users and of each half of them.
     ranker, lessons = learner.ranker, corpus.examples
-    fitted = fit_taste_model(examples, seen_K, ranker.taste_model)
+    fitted = _as_leader(corpus.team, fit_taste_model(examples, seen_K, ranker.taste_model))
     if fitted is None:
         return None
     halves = [[one for one in examples if _half(one) == half] for half in (0, 1)]
@@ -62,32 +63,56 @@ def learn_tastes(
     def score() -> list[Tensor]:
         return list(score_corpus(learner, corpus, precision, range(len(corpus))).values())
 
-    ranker.taste_model = TasteModel.ignorant()
+    known, ranker.taste_model = ranker.taste_model, TasteModel.ignorant()
     with_topics = score()
     _put(ranker.head.prior, prior.masked_fill(of_topics, 0.0))
     rest = score()
     # 3. How much of each explains best what was shown. What was not is what the logging model thought little of, so it
     #    would speak for the parts that this model was made of.
     labels = corpus.labels(range(len(corpus)))
-    padded = [pad_logits(of, labels.real) for of in (tastes, with_topics, rest)]
+    before = [of + torch.from_numpy(known.worth_of(one.tastes)) for of, one in zip(with_topics, lessons, strict=True)]
+    padded = [pad_logits(of, labels.real) for of in (tastes, with_topics, rest, before)]
+    parts = torch.stack([padded[0], padded[1] - padded[2], padded[2]])
     with torch.no_grad():
         bias = learner.place_bias(labels.shown)
-    weights = Weights(
-        *best_factors(
-            torch.stack([padded[0], padded[1] - padded[2], padded[2]]),
-            labels.gains,
-            labels.shown,
-            labels.real,
-            bias,
-            [(0.0, _MOST), (0.0, _MOST), (_LEAST_REST, _MOST)],
-            unshown_weight=0.0,
-            pull=_PULL,
-        )
+    found = best_factors(
+        parts,
+        labels.gains,
+        labels.shown,
+        labels.real,
+        bias,
+        [(0.0, _MOST), (0.0, _MOST), (_LEAST_REST, _MOST)],
+        unshown_weight=0.0,
+        pull=_PULL,
     )
-    _put(ranker.head.prior, torch.where(of_topics, prior * (weights.topics / weights.rest), prior))
-    ranker.taste_model = replace(fitted, gain=weights.tastes / weights.rest)
-    scale_clicks(ranker, weights.rest)
-    return weights
+    factors = Factors(*corpus.team.as_leader(torch.tensor(found)).tolist())
+    _put(ranker.head.prior, torch.where(of_topics, prior * (factors.topics / factors.rest), prior))
+    ranker.taste_model = replace(fitted, gain=factors.tastes / factors.rest)
+    scale_clicks(ranker, factors.rest)
+    # 4. Ratings rise with the sum of the parts, and keep their spread: else all would end at one star or at five.
+    after = torch.tensordot(torch.tensor(factors, device=parts.device), parts, dims=1)
+    spreads = [float(of[labels.real].std()) for of in (padded[3], after)]
+    if min(spreads) > 0:
+        _put(ranker.head.rating_affine[0], ranker.head.rating_affine[0] * (factors.rest * spreads[0] / spreads[1]))
+    return factors
+
+
+def _as_leader(team: Team, model: TasteModel | None) -> TasteModel | None:
+    """Returns the first one's model to all of a team. Which tags are known all find alike, and whether anything is."""
+    if model is None or team.size == 1:
+        return model
+
+    def say(values: NDArray[np.float32]) -> NDArray[np.float32]:
+        return team.as_leader(torch.from_numpy(values)).numpy()
+
+    return replace(
+        model,
+        mean_T=say(model.mean_T),
+        covariance_TT=say(model.covariance_TT),
+        rate_T=say(model.rate_T),
+        information_T=say(model.information_T),
+        together_TT=say(model.together_TT),
+    )
 
 
 def _half(example: Example) -> int:

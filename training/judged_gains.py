@@ -27,15 +27,16 @@ def judged_gains(
 ) -> list[Reals]:
     """Returns float64 [N] per example: gains at a place that is looked at as the first is.
 
-    `platt` makes chances of the champion's scores, and was fitted on earlier examples. The last of `seen_K` stands for
-    the places after it.
+    `platt` makes chances of the champion's scores. Where these say nothing of clicks (a slope of 0 or less), nothing is
+    expected of what was not shown: it would speak for whoever ranks the other way round. The last of `seen_K` stands
+    for the places after it.
     """
     shown = sum(example.num_shown for example in examples)
     clicks = sum(int(example.clicked_N[: example.num_shown].sum()) for example in examples)
     gained = sum(float(example.gains_N[: example.num_shown].sum()) for example in examples)
     seen = sum(float(_seen(example, seen_K).sum()) for example in examples)
     # The chances are those of places as they were shown, of a mixture of all of them.
-    gain_per_chance = gained / max(clicks, 1) * shown / max(seen, 1e-9)
+    gain_per_chance = gained / max(clicks, 1) * shown / max(seen, 1e-9) if platt.slope > 0 else 0.0
     found = []
     for example, scores_N in zip(examples, champion_scores, strict=True):
         logits_N = np.nan_to_num(platt.logits(scores_N), nan=-np.inf)

@@ -19,7 +19,7 @@ from training.evaluate import Evaluation
 from training.examples import Example, JoinCounts
 from training.export import ExportReport
 from training.fine_tune import FineTuned
-from training.first_step import Weights
+from training.first_step import Factors
 from training.gate import Verdict
 from training.log_window import LogWindow
 from training.record import TrainingRecord
@@ -180,8 +180,8 @@ def _report(this: Round) -> str:
     return str(write_report(this.folder, facts)[1])
 
 
-def _describe_step(weights: Weights | None) -> str:
-    if weights is None:
+def _describe_step(factors: Factors | None) -> str:
+    if factors is None:
         return "nothing was learned of tastes"
-    tastes, topics, rest = weights
+    tastes, topics, rest = factors
     return f"parts kept: {tastes:.2f} of tastes learned anew, {topics:.2f} of topics' features, {rest:.2f} of the rest"

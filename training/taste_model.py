@@ -7,7 +7,7 @@ under what is known so far, with Laplace's approximation, and what is known is f
 one user clicked explains itself by the tags they like, and tells of the others' tags only through the covariance.
 
 Shapes: T tags, and with the level, which is how much a user clicks whatever the tags, C columns, the level last; E of
-them that a user met; R items shown to a user.
+them that a user met; R items shown to a user. All reals are float64.
 """
 
 from collections.abc import Sequence
@@ -22,13 +22,15 @@ from training.examples import Example
 
 Reals = NDArray[np.floating]
 
-_ROUNDS = 20  # of expectation and maximisation; further ones change little
-_FIRST_STEPS, _STEPS = 6, 2  # of Newton's method; from the second round on it starts from the last answer
+_ROUNDS = 20  # of expectation and maximisation at most
+_SETTLED = 0.01  # part of the covariance by which a round may change it, and none follows
+_STEPS, _HALVINGS = 8, 6  # of Newton's method, and of a step that leads downhill
+_NEAR = 1e-3  # in logits: a step so small is the last
 _SPREAD = 0.5  # variance of what a tag is worth, in squared click logits, as long as nothing is known
 _LEVEL_SPREAD, _LEAST_LEVEL_SPREAD = 0.1, 0.01  # the same of how much users click
 _PRIOR_USERS = 2.0  # what was known before counts as so many users
 _MOST_TAGS = 512  # that a model knows
-_MOST_USERS, _MOST_SHOWN = 4000, 600  # whose slates are enough to learn a covariance, and of each the newest
+_MOST_SHOWN, _MOST_ROWS = 600, 100_000  # items shown to a user, the newest, and to all together: enough to learn of
 
 
 @dataclass
@@ -42,45 +44,45 @@ class _History:
     taste_E: Reals  # the last answer
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Known:
     mean_C: Reals
     covariance_CC: Reals
 
 
 def fit_taste_model(examples: Sequence[Example], seen_K: Reals, parent: TasteModel) -> TasteModel | None:
-    """Returns what is known of tastes after these examples, with a gain of 1, or None where nothing was clicked.
+    """Returns what is known of tastes after these examples, with a gain of 1.
 
     It goes on from what the parent knows. `seen_K` is the chance that each place of a slate is looked at, the last
-    standing for those after it (`training.examination`).
+    standing for those after it (`training.examination`). Returns None where all or nothing was clicked, which tells
+    nothing, or where no finite answer was found.
     """
     known_T = _choose_tags(examples, parent)
-    histories = [_gather(own, seen_K, known_T) for own in _by_user(examples)]
+    histories = [_gather(own, seen_K, known_T) for own in _choose_users(examples)]
     clicks = sum(int(history.clicked_R.sum()) for history in histories)
     shown = sum(len(history.clicked_R) for history in histories)
     if not 0 < clicks < shown:
         return None
     # 1. What was known before, and about how often anything is clicked.
-    before = _before(parent, known_T, level=float(np.log(clicks / (shown - clicks))))
-    known = before
+    before = known = _before(parent, known_T, level=float(np.log(clicks / (shown - clicks))))
     for history in histories:
         history.taste_E = known.mean_C[history.met_E]
     # 2. Tastes under what is known, and what is known from tastes.
-    for number in range(_ROUNDS):
-        known = _fit(histories, known, before, steps=_STEPS if number else _FIRST_STEPS)
-    # 3. How often an item is clicked by one of whom nothing is known, and how much a showing tells of a tag: as much
-    #    as of the item, of whose logit the tag has a share.
-    usual = [h.seen_R @ _sigmoid(h.tags_RE @ known.mean_C[h.met_E]) for h in histories]
-    rate = float(np.sum(usual)) / shown
-    tags_RV = [history.tags_RE[:, :-1] for history in histories]
-    weight = sum(float(tags.sum()) for tags in tags_RV) or 1.0
-    information = rate * (1 - rate) * sum(float((tags**2).sum()) for tags in tags_RV) / weight
+    for _ in range(_ROUNDS):
+        last, known = known, _fit(histories, known, before)
+        if np.linalg.norm(known.covariance_CC - last.covariance_CC) < _SETTLED * np.linalg.norm(known.covariance_CC):
+            break
+    if not (np.isfinite(known.covariance_CC).all() and np.isfinite(known.mean_C).all()):
+        return None
+    # 3. What clicks and showings of each tag say of it, to whoever knows them no closer.
+    rate_T, information_T, together_TT = _sight(histories, known, len(known_T))
     return TasteModel(
         known_T,
         known.mean_C[:-1].astype(np.float32),
         known.covariance_CC[:-1, :-1].astype(np.float32),
-        click_rate=rate,
-        information=information,
+        rate_T.astype(np.float32),
+        information_T.astype(np.float32),
+        together_TT.astype(np.float32),
         gain=1.0,
     )
 
@@ -104,54 +106,104 @@ def _before(parent: TasteModel, known_T: NDArray[np.int16], level: float) -> _Kn
     return _Known(mean_C, covariance_CC)
 
 
-def _fit(histories: Sequence[_History], known: _Known, before: _Known, *, steps: int) -> _Known:
+def _fit(histories: Sequence[_History], known: _Known, before: _Known) -> _Known:
     """One round. A user's taste is the mean plus covariance times a pull, so sums over the few tags met are enough."""
-    pulls_C, excess_CC = np.zeros_like(known.mean_C), np.zeros_like(known.covariance_CC)
+    mean_C, covariance_CC = known.mean_C, known.covariance_CC
+    pulls_C, excess_CC = np.zeros_like(mean_C), np.zeros_like(covariance_CC)
     for history in histories:
         met_E = history.met_E
-        precision_EE = np.linalg.inv(known.covariance_CC[np.ix_(met_E, met_E)])
-        history.taste_E, curve_EE = _infer(history, known.mean_C[met_E], precision_EE, steps)
-        pull_E = precision_EE @ (history.taste_E - known.mean_C[met_E])
-        # Twice: tastes differ from the mean by what is inferred of them, and by what remains unknown.
+        precision_EE = np.linalg.inv(covariance_CC[np.ix_(met_E, met_E)])
+        history.taste_E = _infer(history, mean_C[met_E], precision_EE)
+        curve_EE = _curve(history)
+        pull_E = precision_EE @ (history.taste_E - mean_C[met_E])
         told_EE = precision_EE @ np.linalg.solve(precision_EE + curve_EE, curve_EE)
         pulls_C[met_E] += pull_E
         excess_CC[np.ix_(met_E, met_E)] += np.outer(pull_E, pull_E) - told_EE
-    users, told = len(histories), len(histories) + _PRIOR_USERS
-    moved_C = known.covariance_CC @ pulls_C / users
-    mean_C = (users * (known.mean_C + moved_C) + _PRIOR_USERS * before.mean_C) / told
-    mean_C[-1] = known.mean_C[-1] + moved_C[-1]
-    spread_CC = users * known.covariance_CC + known.covariance_CC @ excess_CC @ known.covariance_CC
-    step_C = mean_C - known.mean_C
+    # Tastes differ from the mean by what is inferred of them, and by what remains unknown after that was told.
+    users, all_users = len(histories), len(histories) + _PRIOR_USERS
+    moved_C = covariance_CC @ pulls_C / users
+    found_C = (users * (mean_C + moved_C) + _PRIOR_USERS * before.mean_C) / all_users
+    found_C[-1] = mean_C[-1] + moved_C[-1]
+    step_C = found_C - mean_C
+    spread_CC = users * covariance_CC + covariance_CC @ excess_CC @ covariance_CC
     spread_CC += users * (np.outer(step_C, step_C) - np.outer(step_C, moved_C) - np.outer(moved_C, step_C))
-    covariance_CC = (spread_CC + _PRIOR_USERS * before.covariance_CC) / told
+    found_CC = (spread_CC + _PRIOR_USERS * before.covariance_CC) / all_users
     # How much users click is no matter of tags.
-    level_spread = max(float(spread_CC[-1, -1]) / users, _LEAST_LEVEL_SPREAD)
-    covariance_CC[-1, :], covariance_CC[:, -1] = 0.0, 0.0
-    covariance_CC[-1, -1] = level_spread
-    return _Known(mean_C, (covariance_CC + covariance_CC.T) / 2)
+    found_CC[-1, :], found_CC[:, -1] = 0.0, 0.0
+    found_CC[-1, -1] = max(float(spread_CC[-1, -1]) / users, _LEAST_LEVEL_SPREAD)
+    return _Known(found_C, (found_CC + found_CC.T) / 2)
 
 
-def _infer(history: _History, mean_E: Reals, precision_EE: Reals, steps: int) -> tuple[Reals, Reals]:
-    """Returns the most probable taste [E], and what the clicks add to its precision [E,E]."""
-    tags_RE, clicked_R, seen_R, taste_E = history.tags_RE, history.clicked_R, history.seen_R, history.taste_E
-    for _ in range(steps):
-        chance_R = _sigmoid(tags_RE @ taste_E)
-        missed_R = seen_R * chance_R * (1 - chance_R)
-        slope_R = np.where(clicked_R, 1 - chance_R, -missed_R / (1 - seen_R * chance_R))
-        # Curvature where it is sure to be positive, so that every step goes uphill.
-        curve_EE = (tags_RE.T * np.where(clicked_R, chance_R * (1 - chance_R), missed_R)) @ tags_RE
-        slope_E = tags_RE.T @ slope_R - precision_EE @ (taste_E - mean_E)
-        taste_E = taste_E + np.linalg.solve(precision_EE + curve_EE, slope_E)
-    return taste_E, curve_EE
+def _infer(history: _History, mean_E: Reals, precision_EE: Reals) -> Reals:
+    """Returns the most probable taste [E], by Newton's method from the last answer."""
+
+    def log_probability(taste_E: Reals) -> float:
+        seen_clicks_R = history.seen_R * _sigmoid(history.tags_RE @ taste_E)
+        likelihood = np.log(np.where(history.clicked_R, seen_clicks_R, 1 - seen_clicks_R)).sum()
+        return float(likelihood - (taste_E - mean_E) @ precision_EE @ (taste_E - mean_E) / 2)
+
+    taste_E = history.taste_E
+    reached = log_probability(taste_E)
+    for _ in range(_STEPS):
+        chance_R = _sigmoid(history.tags_RE @ taste_E)
+        missed_R = history.seen_R * chance_R * (1 - chance_R) / (1 - history.seen_R * chance_R)
+        slope_R = np.where(history.clicked_R, 1 - chance_R, -missed_R)
+        slope_E = history.tags_RE.T @ slope_R - precision_EE @ (taste_E - mean_E)
+        step_E = np.linalg.solve(precision_EE + _curve(history, taste_E), slope_E)
+        # Uphill in direction, but not always so far: of somebody who clicks everything the curve says too little.
+        for _ in range(_HALVINGS):
+            found = log_probability(taste_E + step_E)
+            if found >= reached:
+                taste_E, reached = taste_E + step_E, found
+                break
+            step_E = step_E / 2
+        else:
+            break
+        if np.abs(step_E).max() < _NEAR:
+            break
+    return taste_E
 
 
-def _by_user(examples: Sequence[Example]) -> list[list[Example]]:
+def _curve(history: _History, taste_E: Reals | None = None) -> Reals:
+    """Returns what the clicks add to the precision of a taste [E,E]: curvature where it is sure to be positive."""
+    chance_R = _sigmoid(history.tags_RE @ (history.taste_E if taste_E is None else taste_E))
+    weight_R = np.where(history.clicked_R, 1.0, history.seen_R) * chance_R * (1 - chance_R)
+    result: Reals = (history.tags_RE.T * weight_R) @ history.tags_RE
+    return result
+
+
+def _sight(histories: Sequence[_History], known: _Known, tags: int) -> tuple[Reals, Reals, Reals]:
+    """Returns by tag how much is clicked of what is shown of it by somebody of whom nothing is known, and what a
+    showing tells of its worth; and how much of that is told of two tags at once, as a correlation [T,T].
+    """
+    shown_T, clicked_T, told_TT = np.zeros(tags), np.zeros(tags), np.zeros((tags, tags))
+    for history in histories:
+        met_E, tags_RE = history.met_E[:-1], history.tags_RE[:, :-1]
+        chance_R = history.seen_R * _sigmoid(history.tags_RE @ known.mean_C[history.met_E])
+        shown_T[met_E] += tags_RE.sum(0)
+        clicked_T[met_E] += chance_R @ tags_RE
+        told_TT[np.ix_(met_E, met_E)] += (tags_RE.T * (chance_R * (1 - chance_R))) @ tags_RE
+    told_T = np.diag(told_TT)
+    usual = clicked_T.sum() / max(shown_T.sum(), 1e-9), told_T.sum() / max(shown_T.sum(), 1e-9)
+    never_T = shown_T == 0  # known from the parent alone
+    rate_T = np.where(never_T, usual[0], clicked_T / np.where(never_T, 1.0, shown_T))
+    information_T = np.where(never_T, usual[1], told_T / np.where(never_T, 1.0, shown_T))
+    root_T = np.sqrt(np.where(never_T, 1.0, told_T))
+    # Half of it: slates are made for their users, so that tags stand together the more for being liked together.
+    together_TT = told_TT / np.outer(root_T, root_T) / 2
+    np.fill_diagonal(together_TT, 1.0)
+    return rate_T, information_T, together_TT
+
+
+def _choose_users(examples: Sequence[Example]) -> list[list[Example]]:
+    """Returns each user's examples, in time order; of more than there is room for those users who were shown most."""
     users: dict[UserId, list[Example]] = {}
-    for example in examples:
+    for example in sorted(examples, key=lambda one: one.at_ms):
         users.setdefault(example.user_id, []).append(example)
-    drawn = np.random.default_rng(0).permutation(len(users))[:_MOST_USERS]
-    found = list(users.values())
-    return [found[index] for index in sorted(drawn.tolist())]
+    shown = {user_id: min(sum(one.num_shown for one in own), _MOST_SHOWN) for user_id, own in users.items()}
+    order = sorted(users, key=lambda user_id: (-shown[user_id], user_id))
+    room = int(np.searchsorted(np.cumsum([shown[user_id] for user_id in order]), _MOST_ROWS, side="right"))
+    return [users[user_id] for user_id in order[: max(room, 1)]]
 
 
 def _gather(examples: Sequence[Example], seen_K: Reals, known_T: NDArray[np.int16]) -> _History:
@@ -166,7 +218,8 @@ def _gather(examples: Sequence[Example], seen_K: Reals, known_T: NDArray[np.int1
     tags_RC /= np.sqrt(np.maximum((tags_RK != NO_TAG).sum(1, keepdims=True), 1.0))
     tags_RC[:, -1] = 1.0
     met_E = np.flatnonzero(tags_RC.any(0))
-    seen_R = seen_K[np.minimum(places_R, len(seen_K) - 1)]
+    # Never sure, so that a click at a place that nobody looks at and a miss at one that all do have a chance.
+    seen_R = np.clip(seen_K[np.minimum(places_R, len(seen_K) - 1)], 1e-3, 1 - 1e-6)
     return _History(met_E, tags_RC[:, met_E], clicked_R, seen_R, np.zeros(len(met_E)))
 
 

@@ -3,10 +3,11 @@
 import os
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -71,4 +72,6 @@ def test_worker_killed_while_learning_is_replaced_and_all_end_with_the_weights_o
         torch.testing.assert_close(
             without_key_biases(name, weight), without_key_biases(name, expected[name]), atol=1e-5, rtol=1e-4
         )
+    for values, wanted in zip(astuple(together.ranker.taste_model), astuple(alone.ranker.taste_model), strict=True):
+        np.testing.assert_allclose(values, wanted, rtol=1e-4, atol=1e-5)
     assert not (tmp_path / "ray").exists()

@@ -293,6 +293,8 @@ def test_what_was_not_shown_counts_with_what_the_champion_expects_of_it() -> Non
     chance = 1 / (1 + math.exp(3.0))
     assert first_N.tolist() == pytest.approx([3.0, 0.0, usual * chance, 0.0], abs=1e-9)
     assert second_N.tolist() == pytest.approx([0.0, 0.0, usual / (1 + math.exp(1.0))])
+    turned_N, _ = judged_gains([example, other], scores, Platt(slope=-0.1, intercept=-1.0), seen_K)
+    assert turned_N.tolist() == [3.0, 0.0, 0.0, 0.0]
 
 
 def test_without_explored_clicks_no_place_is_less_seen_than_another() -> None:
@@ -352,8 +354,9 @@ def test_rescoring_tells_the_model_what_each_candidates_tags_are_worth_to_each_u
             np.sort(np.array([bucket(f"t{number}") for number in range(4)], np.int16)),
             np.arange(4, dtype=np.float32),
             np.eye(4, dtype=np.float32),
-            click_rate=0.1,
-            information=0.1,
+            np.full(4, 0.1, np.float32),
+            np.full(4, 0.1, np.float32),
+            np.eye(4, dtype=np.float32),
             gain=1.0,
         )
 

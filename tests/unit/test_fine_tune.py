@@ -5,7 +5,7 @@ import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import astuple, replace
 from functools import cache
 from pathlib import Path
 
@@ -25,13 +25,12 @@ from training.course import compute_losses, score_batch
 from training.dataset import Batch, Corpus
 from training.examples import Example
 from training.fine_tune import FineTuned, fine_tune
-from training.first_step import Weights, learn_tastes
+from training.first_step import Factors, learn_tastes
 from training.learner import Learner, feature_units, level_shift, scale_clicks, to_raw_units, to_standard_units
 from training.lessons import Lesson, choose_lessons, plan_batches
 from training.lora import adapt_layers, merge_layers
 from training.losses import ndcg
 from training.model import SplitRanker
-from training.stop_slice import StopSlice
 
 SHAPE = BertShape(
     vocab_size=30_522,
@@ -258,6 +257,11 @@ def make_lovers(count: int, seed: int, likes: Mapping[str, str] = LIKES) -> list
     return made
 
 
+def same_tastes(one: SplitRanker, other: SplitRanker) -> bool:
+    """Whether two rankers know the same of tastes, to the bit."""
+    return all(map(np.array_equal, astuple(one.taste_model), astuple(other.taste_model)))
+
+
 def covariance(model: TasteModel, one: str, other: str) -> float:
     """How what two tags are worth to users goes together."""
     row, column = (model.known_T.tolist().index(bucket(tag)) for tag in (one, other))
@@ -274,22 +278,31 @@ def test_which_tags_are_liked_together_is_learned_and_serves_who_was_shown_one_o
         assert covariance(found.ranker.taste_model, loved, wanted) > 0 > max(others)
 
 
-def first_step(train: Sequence[Example], stop: Sequence[Example], ranker: SplitRanker) -> Weights | None:
+def first_step(train: Sequence[Example], ranker: SplitRanker) -> Factors | None:
     """What the first step of a learner says; it changes the ranker."""
     learner = Learner(ranker, len(ranker.bert.stack), num_positions=1)
-    stop_slice = StopSlice(read(ranker, stop, len(ranker.bert.stack)), learner, nullcontext, 0.2)
-    return learn_tastes(learner, train, stop_slice, np.ones(1))
+    corpus = read(ranker, train, len(ranker.bert.stack))
+    return learn_tastes(learner, train, corpus, nullcontext, np.ones(1))
 
 
-def test_first_step_is_none_and_changes_nothing_where_the_stop_slice_says_otherwise() -> None:
+def test_first_step_changes_nothing_where_nothing_was_clicked() -> None:
     ranker = small_ranker({"cosine": 1.0})
     before = {name: weight.clone() for name, weight in ranker.state_dict().items()}
-    others = dict(zip(LIKES, ["storms", "letters", "ghosts"], strict=True))
-    haters = [replace(one, clicked_N=one.clicked_N, gains_N=1.0 - one.gains_N) for one in make_lovers(60, 2, others)]
-    assert first_step(make_lovers(200, 1), haters, ranker) is None
-    assert ranker.taste_model.gain == 0.0
-    for name, weight in ranker.state_dict().items():
-        torch.testing.assert_close(weight, before[name])
+    assert first_step(make_examples(40, never), ranker) is None
+    assert not len(ranker.taste_model.known_T)
+    assert all(torch.equal(weight, before[name]) for name, weight in ranker.state_dict().items())
+
+
+def test_tastes_learned_of_clicks_by_chance_are_kept_out_of_the_score() -> None:
+    def by_chance(features: np.ndarray, texts: Sequence[str], rng: np.random.Generator) -> np.ndarray:
+        return np.asarray(rng.random(len(texts)) < 0.3)
+
+    # Of few users with many tags much is found by chance, and would explain their own clicks well.
+    train = [
+        replace(one, user_id=UserId(f"u{number % 20}")) for number, one in enumerate(make_examples(240, by_chance))
+    ]
+    factors = first_step(train, small_ranker({"cosine": 1.0}))
+    assert factors is not None and factors.tastes < 0.3
 
 
 def test_features_of_topics_give_way_to_tastes_that_say_it_better() -> None:
@@ -306,7 +319,7 @@ def test_features_of_topics_give_way_to_tastes_that_say_it_better() -> None:
             made.append(replace(one, features_NF=features))
         return made
 
-    weights = first_step(noised(make_lovers(400, 1)), noised(make_lovers(160, 2)), ranker)
+    weights = first_step(noised(make_lovers(400, 1)), ranker)
     assert weights is not None
     assert weights.topics < 0.5 * weights.rest
     prior = dict(zip(ranker.feature_names, ranker.head.prior.tolist(), strict=True))
@@ -435,6 +448,7 @@ def test_same_seed_same_losses_and_another_seed_others(tmp_path: Path) -> None:
     )
     assert [r.losses for r in once.history] == [r.losses for r in again.history] != [r.losses for r in other.history]
     assert all(torch.equal(w, again.ranker.state_dict()[name]) for name, w in once.ranker.state_dict().items())
+    assert same_tastes(once.ranker, again.ranker)
 
 
 def learn_and_die(folder: Path, settings: TrainingSettings, at_step: int) -> None:
@@ -476,6 +490,7 @@ def test_fine_tune_goes_on_after_a_kill_to_the_same_weights(tmp_path: Path, rank
     assert (went_on.resumed, straight.resumed) == (True, False)
     assert steps[0] == 14  # the step after which it was killed was not on disk yet: it is done once more
     assert [r.losses for r in went_on.history] == [r.losses for r in straight.history]
+    assert same_tastes(went_on.ranker, straight.ranker)
     found, expected = went_on.ranker.state_dict(), straight.ranker.state_dict()
     assert all(torch.equal(weight, expected[name]) for name, weight in found.items())
 

@@ -270,8 +270,9 @@ def test_warm_start_scores_as_what_was_saved(tmp_path: Path) -> None:
     ranker = small_ranker(split_layer=2, item_states=3)
     ranker.head.feature_mean.fill_(0.5)
     ranker.taste_model = TasteModel(
-        np.array([3, 5], np.int16), np.ones(2, np.float32), np.eye(2, dtype=np.float32), 0.1, 0.2, 0.3
-    )
+        np.array([3, 5], np.int16), *np.ones((1, 2), np.float32), np.eye(2, dtype=np.float32),
+        *np.full((2, 2), 0.1, np.float32), np.eye(2, dtype=np.float32), gain=0.3,
+    )  # fmt: skip
     export_bundle(ranker, load_base(PACKAGED)[1], tmp_path / "b", version=ModelVersion("t"), precisions=("fp32",))
     again, _, card = load_ranker(tmp_path / "b")
     inputs = *random_tokens(2, 9), *random_tokens(2, 3, 7), random_features(2, 3), random_worth(2, 3)

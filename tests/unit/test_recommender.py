@@ -155,7 +155,9 @@ def knows(one: str, other: str) -> TasteModel:
     known = np.array(sorted([(bucket(one), 1.0), (bucket(other), 20.0)]))
     strength_T = known[:, 1].astype(np.float32)
     covariance_TT = np.outer(strength_T, strength_T)
-    return TasteModel(known[:, 0].astype(np.int16), np.zeros(2, np.float32), covariance_TT, 0.0, 0.001, 1.0)
+    none_T, little_T = np.zeros(2, np.float32), np.full(2, 0.001, np.float32)
+    buckets = known[:, 0].astype(np.int16)
+    return TasteModel(buckets, none_T, covariance_TT, none_T, little_T, np.eye(2, dtype=np.float32), gain=1.0)
 
 
 def test_candidates_are_drawn_by_what_the_model_has_learned_of_the_users_tastes() -> None:

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -99,12 +100,19 @@ def test_missing_file_is_named(bundle_dir: Path, tmp_path: Path, name: str) -> N
 
 def test_taste_model_that_fits_no_bucket_or_not_itself_is_refused(bundle_dir: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(bundle_dir, tmp_path / "b", ignore=shutil.ignore_patterns("fp*", "weights*"))
-    zeros = np.zeros(1, np.float32)
+    one_T, one_TT = np.ones(1, np.float32), np.ones((1, 1), np.float32)
+    sound = TasteModel(np.array([1], np.int16), one_T, one_TT, one_T, one_T, one_TT, gain=1.0)
+    sound.save(copy / "tastes.safetensors")
+    assert Scorer.load(copy).taste_model.gain == 1.0
     for wrong in (
-        TasteModel(np.array([-1], np.int16), zeros, zeros[None]),
-        TasteModel(np.array([BUCKETS], np.int16), zeros, zeros[None]),
-        TasteModel(np.array([1.0]), zeros, zeros[None]),  # type: ignore[arg-type]
-        TasteModel(np.array([1], np.int16), zeros, np.zeros((2, 2), np.float32)),
+        replace(sound, known_T=np.array([-1], np.int16)),
+        replace(sound, known_T=np.array([BUCKETS], np.int16)),
+        replace(sound, known_T=np.array([1.0])),
+        replace(sound, covariance_TT=np.ones((2, 2), np.float32)),
+        replace(sound, covariance_TT=-one_TT),
+        replace(sound, information_T=-one_T),
+        replace(sound, mean_T=one_T * np.nan),
+        replace(sound, gain=float("inf")),
     ):
         wrong.save(copy / "tastes.safetensors")
         with pytest.raises(BundleError, match=r"tastes\.safetensors"):

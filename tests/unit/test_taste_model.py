@@ -60,12 +60,40 @@ def test_mean_and_covariance_of_tastes_are_found() -> None:
     assert np.linalg.eigvalsh(found.covariance_TT).min() > 0
 
 
-def test_usual_click_rate_is_that_of_somebody_of_whom_nothing_is_known() -> None:
-    shown_to_all = fit_taste_model(make_examples(300, 20), SEEN_K, TasteModel.ignorant())
-    assert shown_to_all is not None
-    usual = [SEEN_K.mean() / (1 + np.exp(2.0 - worth)) for worth in (0, 0.7, 1)]  # with news or without
-    assert min(usual) < shown_to_all.click_rate < max(usual)
-    assert 0 < shown_to_all.information < shown_to_all.click_rate
+def test_usual_click_rate_of_a_tag_is_that_of_somebody_of_whom_nothing_is_known() -> None:
+    found = fit_taste_model(make_examples(300, 20), SEEN_K, TasteModel.ignorant())
+    assert found is not None
+    rates = dict(zip(found.known_T.tolist(), found.rate_T.tolist(), strict=True))
+    usual = [SEEN_K.mean() / (1 + np.exp(2.0 - worth)) for worth in (0, 1)]  # of items without news, and of news alone
+    assert 0.8 * usual[0] < rates[bucket("castles")] < rates[bucket("news")] < usual[1]
+    assert ((found.information_T > 0) & (found.information_T < found.rate_T)).all()
+
+
+@pytest.mark.parametrize(("clicked", "level"), [(1.0, -4.0), (0.75, -4.0), (0.75, -3.0), (0.35, -4.0)])
+def test_one_who_clicks_nearly_everything_does_not_upset_what_is_known_of_the_rest(
+    clicked: float, level: float
+) -> None:
+    usual = make_examples(60, 6, level=level, seed=1)
+    rng = np.random.default_rng(0)
+    fan = [
+        replace(one, user_id=UserId("fan"), clicked_N=rng.random(6) < clicked) for one in make_examples(1, 20, seed=2)
+    ]
+    found, without = (fit_taste_model(of, SEEN_K, TasteModel.ignorant()) for of in (usual + fan, usual))
+    assert found is not None and without is not None
+    assert np.linalg.eigvalsh(found.covariance_TT).min() > 0
+    assert np.abs(in_order(found)[1] - in_order(without)[1]).max() < 1.5
+
+
+def test_of_a_user_of_many_slates_the_newest_count() -> None:
+    def slates(first_ms: int, tag: str) -> list[Example]:
+        made = make_examples(1, 120, seed=4)
+        tastes = make_tastes({}, [[tag]] * 6)
+        return [replace(one, at_ms=first_ms + number, tastes=tastes) for number, one in enumerate(made)]
+
+    found = fit_taste_model(slates(1000, "new") + slates(0, "old"), SEEN_K, TasteModel.ignorant())
+    assert found is not None
+    rates = dict(zip(found.known_T.tolist(), found.rate_T.tolist(), strict=True))
+    assert rates[bucket("old")] == pytest.approx(float(np.mean(list(rates.values()))), rel=1e-3)  # as of any tag
 
 
 def test_little_evidence_leaves_it_near_what_the_parent_knew() -> None:

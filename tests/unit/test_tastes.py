@@ -72,7 +72,7 @@ def test_answers_that_no_program_makes_are_refused_where_they_are_read() -> None
     }  # fmt: skip
     assert decode_event("impressions", msgspec.json.encode(record | {"answers": {"war": [1.0, 8.0]}}))
     too_many = {f"t{number}": [0.1, 1.0] for number in range(65)}
-    for answers in ({"war": [-0.1, 1.0]}, {"war": [0.0, 1e308]}, {"war": [1.0]}, too_many, {"w" * 257: [0.1, 1.0]}):
+    for answers in ({"war": [-0.1, 1.0]}, {"war": [0.0, 501.0]}, {"war": [1.0]}, too_many, {"w" * 257: [0.1, 1.0]}):
         with pytest.raises(InvalidRecord, match="answers"):
             decode_event("impressions", msgspec.json.encode(record | {"answers": answers}))
 
@@ -83,40 +83,54 @@ def test_only_the_tags_shown_most_are_kept_of_equals_the_first_by_name() -> None
     assert list(kept)[1:4] == ["t000", "t001", "t002"]
 
 
-def make_model(seed: int, count: int, **other: float) -> TasteModel:
+def make_model(seed: int, count: int) -> TasteModel:
     """What is known of the tags t0, t1, …"""
     rng = np.random.default_rng(seed)
     known_T = np.sort(np.array([bucket(f"t{number}") for number in range(count)], np.int16))
     root_TT = rng.normal(size=(count, count))
-    numbers = {"click_rate": 0.1, "information": 0.05, "gain": 1.0} | other
-    mean_T, covariance_TT = rng.normal(size=count).astype(np.float32), (root_TT @ root_TT.T).astype(np.float32)
-    return TasteModel(known_T, mean_T, covariance_TT, **numbers)
+    together_TT = np.corrcoef(rng.normal(size=(count, 3 * count)))
+    parts = rng.normal(size=count), root_TT @ root_TT.T, *rng.uniform(0.02, 0.2, size=(2, count)), together_TT
+    return TasteModel(known_T, *(part.astype(np.float32) for part in parts), gain=1.0)
 
 
 @given(st.integers(0, 1000), st.dictionaries(st.integers(0, 6), st.tuples(amounts, st.floats(0.01, 100))))
 def test_worth_is_the_posterior_mean_of_a_normal_prior(seed: int, met: dict[int, tuple[float, float]]) -> None:
     model = make_model(seed, 5)  # two of the seven tags are unknown to it
     worth_V = model.worth(bucket_answers({f"t{number}": answer for number, answer in met.items()}))
-    # By the textbook: precisions add up, and each sight of a tag pulls by its certainty.
-    certainty_T, pull_T = np.zeros(5), np.zeros(5)
+    # By the textbook: precisions add up, and each sight of a tag pulls by what it tells.
+    root_T, pull_T = np.zeros(5), np.zeros(5)
     for number, (clicked, shown) in met.items():
         if number < 5:
             row = model.known_T.tolist().index(bucket(f"t{number}"))
-            certainty_T[row] = model.information * np.float32(shown)
-            pull_T[row] = np.float32(clicked) - model.click_rate * np.float32(shown)
+            root_T[row] = (model.information_T[row] * np.float32(shown)) ** 0.5
+            pull_T[row] = np.float32(clicked) - model.rate_T[row] * np.float32(shown)
+    told_TT = root_T[:, None] * model.together_TT * root_T
     covariance_TT = model.covariance_TT.astype(float) + 1e-9 * np.eye(5)
-    expected_T = np.linalg.solve(np.linalg.inv(covariance_TT) + np.diag(certainty_T), pull_T) + model.mean_T
+    expected_T = np.linalg.solve(np.linalg.inv(covariance_TT) + told_TT, pull_T) + model.mean_T
     np.testing.assert_allclose(worth_V[model.known_T], expected_T, rtol=1e-2, atol=1e-2 * np.abs(expected_T).max())
     others = np.setdiff1d(np.arange(BUCKETS), model.known_T)
     assert not worth_V[others].any()
 
 
+def knows(covariance_TT: np.ndarray, together_TT: np.ndarray) -> TasteModel:
+    """What is known of castles and ghosts."""
+    known_T = np.sort(np.array([bucket("castles"), bucket("ghosts")], np.int16))
+    rate_T, covariance_TT = np.full(2, 0.05, np.float32), covariance_TT.astype(np.float32)
+    return TasteModel(
+        known_T, np.zeros(2, np.float32), covariance_TT, rate_T, rate_T, together_TT.astype(np.float32), gain=1.0
+    )
+
+
+def test_tags_always_shown_together_are_one_sight_and_not_two() -> None:
+    answers = bucket_answers({"castles": (10.0, 40.0), "ghosts": (10.0, 40.0)})
+    once, twice = (
+        knows(np.eye(2), together_TT).worth(answers)[bucket("ghosts")] for together_TT in (np.ones((2, 2)), np.eye(2))
+    )
+    assert 0 < once < 0.8 * twice
+
+
 def test_click_on_one_tag_tells_of_those_liked_with_it_and_the_more_the_oftener() -> None:
-    together = np.array([[1.0, 0.8], [0.8, 1.0]], np.float32)
-    model = TasteModel(
-        np.sort(np.array([bucket("castles"), bucket("ghosts")], np.int16)), np.zeros(2, np.float32), together,
-        click_rate=0.05, information=0.05, gain=1.0,
-    )  # fmt: skip
+    model = knows(np.array([[1.0, 0.8], [0.8, 1.0]]), np.eye(2))
 
     def ghosts(clicked: float, shown: float) -> float:
         return float(model.worth(bucket_answers({"castles": (clicked, shown)}))[bucket("ghosts")])
@@ -134,6 +148,20 @@ def test_tags_of_an_item_are_summed_by_the_root_of_their_number() -> None:
     worth_V[[bucket("a"), bucket("b")]] = 1.0, 3.0
     found_N = sum_worth(worth_V, make_tastes({}, [["a"], ["a", "b"], ["a", "b", "c", "d"], []]).tags_NK)
     assert found_N.tolist() == pytest.approx([1.0, 4 / 2**0.5, 2.0, 0.0])
+
+
+def test_who_clicks_as_usual_is_taken_for_usual_however_much_is_known_of_them() -> None:
+    model = make_model(3, 4)
+    usual_V = model.worth(bucket_answers({}))
+    tags = {bucket(f"t{number}"): f"t{number}" for number in range(4)}
+    for shown in (1.0, 400.0):
+        rates = zip(model.known_T.tolist(), model.rate_T.tolist(), strict=True)
+        answers = bucket_answers({tags[of]: (shown * rate, shown) for of, rate in rates})
+        np.testing.assert_allclose(model.worth(answers), usual_V, atol=1e-3)
+
+
+def test_answers_beyond_the_limit_are_cut_and_keep_their_share() -> None:
+    assert most_answered({"war": (500.0, 2000.0)}) == {"war": (125.0, 500.0)}
 
 
 def test_saved_model_comes_back(tmp_path: Path) -> None:

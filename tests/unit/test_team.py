@@ -13,7 +13,7 @@ from torch import Tensor
 from tailrace.settings import TrainingSettings
 from tests.unit.test_fine_tune import by_cosine, by_word, change, make_examples, never, small_ranker, tokenizer
 from training.checkpoints import EpochRecord
-from training.fine_tune import Job, fine_tune, learn_alone
+from training.fine_tune import FineTuned, Job, fine_tune, learn_alone
 from training.team import joined_team
 
 KINDS = {
@@ -59,6 +59,13 @@ def without_key_biases(name: str, weight: Tensor) -> Tensor:
     return weight.view(3, -1)[[0, 2]] if name.endswith("query_key_value.bias") else weight
 
 
+def weights_of(found: FineTuned) -> dict[str, Tensor]:
+    """All that was learned, of tastes too."""
+    known = found.ranker.taste_model
+    tastes = {"tastes.mean": known.mean_T, "tastes.covariance": known.covariance_TT, "tastes.rate": known.rate_T}
+    return found.ranker.state_dict() | {name: torch.from_numpy(values) for name, values in tastes.items()}
+
+
 def learn_in_a_process(folder: Path, rank: int, meeting: "Queue[tuple[str, int]]") -> None:
     def agree(mine: tuple[str, int]) -> tuple[str, int]:
         if rank == 0:
@@ -70,7 +77,7 @@ def learn_in_a_process(folder: Path, rank: int, meeting: "Queue[tuple[str, int]]
     with joined_team(rank, 2, host="127.0.0.1", backend="gloo", agree=agree) as team:
         for kind, settings in KINDS.items():
             found = make_job(folder / kind, settings)(team=team)
-            save_file(found.ranker.state_dict() | figures(found.history), folder / f"{kind}-{rank}")
+            save_file(weights_of(found) | figures(found.history), folder / f"{kind}-{rank}")
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +100,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_that_learn_together_find_what_one_finds(together: Path, tmp_path: Path, kind: str) -> None:
     found = learn_alone(make_job(tmp_path, KINDS[kind]))
-    alone = found.ranker.state_dict() | figures(found.history)
+    alone = weights_of(found) | figures(found.history)
     first, second = (load_file(together / f"{kind}-{rank}") for rank in range(2))
     for name, expected in alone.items():
         assert torch.equal(first[name], second[name]), name
