@@ -11,12 +11,12 @@ from torch import Tensor
 
 from training.dataset import Corpus, Precision
 from training.learner import Learner
-from training.losses import best_factors, listwise_loss, ndcg
+from training.losses import listwise_loss, ndcg
 
 
 @dataclass(frozen=True)
 class StopFigures:
-    """The stop slice under one model: mean listwise loss, the parent's at its best, mean NDCG@10."""
+    """The stop slice under one model: mean listwise loss, the parent's with the same position bias, mean NDCG@10."""
 
     loss: float
     parent_loss: float
@@ -38,26 +38,16 @@ class StopSlice:
         """Returns how the learner does, or None where no slate tells.
 
         Clicks were logged under the parent's order, so a position bias left out would speak for the parent; both
-        models are given the learner's. The parent's logits are taken at the scale that suits the slice best, for a
-        scale orders nothing anew.
+        models are given the learner's.
         """
         if not self.tells:
             return None
         labels = self._labels
         with torch.no_grad():
             logits, bias = self.score(learner), learner.place_bias(labels.shown)
-        [factor] = best_factors(
-            self._parent.unsqueeze(0),
-            labels.gains,
-            labels.shown,
-            labels.real,
-            bias,
-            [(1 / 16, 16.0)],
-            unshown_weight=self._unshown_weight,
-        )
         own, usual = (
             listwise_loss(one + bias, labels.gains, labels.shown, labels.real, unshown_weight=self._unshown_weight)
-            for one in (logits, factor * self._parent)
+            for one in (logits, self._parent)
         )
         return StopFigures(float(own), float(usual), float(ndcg(logits, labels.gains, labels.shown).nanmean()))
 
