@@ -132,9 +132,7 @@ def recommend(
     stages.end("features")
 
     # 5. Scores: from the model, or from the prior where the model is not there in time.
-    scores_N, degraded = _score(
-        model, user, drawn.encoded, features_NF, tag_worth_N, slate_settings.rating_weight, deadline
-    )
+    scores_N, degraded = _score(model, user, drawn.encoded, features_NF, tag_worth_N, slate_settings, deadline)
     if asked.profile_missing and degraded == "none":
         degraded = "no_profile"
     stages.end("score")
@@ -244,7 +242,7 @@ def _score(
     items: EncodedItems,
     features_NF: Floats,
     tag_worth_N: Floats,
-    rating_weight: float,
+    slate_settings: SlateSettings,
     deadline: float,
 ) -> tuple[Floats, Degraded]:
     if len(features_NF) == 0:
@@ -252,7 +250,7 @@ def _score(
     if user is not None:
         try:
             clicks_N, ratings_N = model.score(user, items, features_NF, tag_worth_N, deadline)
-            return utilities(clicks_N, ratings_N, rating_weight), "none"
+            return utilities(clicks_N, ratings_N, slate_settings.rating_weight), "none"
         except OPTIONAL_FAILURES:
             pass  # the caller is told by the rung, and the rungs are counted
     return prior_scores(features_NF), "no_text"

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from tailrace.errors import TrainingDiverged
 from tailrace.settings import TrainingSettings
+from training.batches import Labels
 from training.checkpoints import EpochRecord, Standing, load_checkpoint, save_checkpoint
-from training.dataset import Corpus, Labels, Precision
+from training.dataset import Corpus, Precision
 from training.learner import Learner
 from training.lessons import plan_batches
 from training.losses import anchor_loss, listwise_loss, parent_loss, pointwise_loss, rating_loss

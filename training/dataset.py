@@ -11,7 +11,7 @@ Shapes: E examples, B of them in a batch, N candidates, U user tokens, T states 
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from tailrace.tastes import TasteModel
+from training.batches import Batch, Labels
 from training.examples import Example
 from training.lessons import Lesson
 from training.model import SplitRanker, masked_mean
@@ -33,33 +34,6 @@ _BYTES_PER_NUMBER = 2
 Precision = Callable[[], AbstractContextManager[object]]
 Done = Callable[[int, int], None]  # examples read, examples in all
 Tensors = TypeVar("Tensors", "Batch", "Labels")
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """What a model reads of B packed impressions, padded. States are those before the first layer that learns."""
-
-    users: Tensor  # float32 [B,U,H]; none of them (U = 0) where no layer learns
-    user_vectors: Tensor  # float32 [B,H]
-    user_mask: Tensor  # int64 [B,U]
-    states: Tensor  # float32 [B,N,T,H]
-    state_mask: Tensor  # int64 [B,N,T]
-    features: Tensor  # float32 [B,N,F], in standard units
-    tag_worth: Tensor  # float32 [B,N], under the model's own knowledge of tastes
-    real: Tensor  # bool [B,N]
-
-
-@dataclass(frozen=True, slots=True)
-class Labels:
-    """What became of B impressions, padded alike."""
-
-    real: Tensor  # bool [B,N]
-    shown: Tensor  # bool [B,N]
-    gains: Tensor  # float32 [B,N]
-    clicked: Tensor  # bool [B,N]
-    ratings: Tensor  # float32 [B,N], NaN where not rated
-    weights: Tensor  # float32 [B]
-    replayed: Tensor  # bool [B]
 
 
 class Reading(NamedTuple):

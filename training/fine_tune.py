@@ -17,7 +17,6 @@ from typing import Protocol
 import msgspec
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from tailrace.settings import TrainingSettings
@@ -31,23 +30,19 @@ from training.export import Progress
 from training.first_step import Factors, learn_tastes
 from training.learner import (
     Learner,
-    add_level,
     feature_units,
-    level_shift,
     put_learned,
-    scale_clicks,
     to_raw_units,
     to_standard_units,
 )
 from training.lessons import Lesson, choose_lessons
-from training.losses import best_factors
+from training.logit_scale import add_level, find_level, scale_to_clicks
 from training.model import SplitRanker
-from training.stop_slice import StopSlice, pad_logits, score_corpus
+from training.stop_slice import StopSlice, score_corpus
 from training.team import ALONE, Team
 from training.trackers import Facts
 
 MOST_PLACES = 50  # places of a slate with a bias of their own; further ones share the last
-CALIBRATION_LESSONS = 1000  # enough to find the scale and the level of the logits
 _METHOD = 3  # rises where what is learned from the same examples changes: older checkpoints are then left alone
 
 
@@ -152,7 +147,7 @@ def fine_tune(
         #    would look like learning, and be paid for in order.
         places = min(max(lesson.example.num_shown for lesson in lessons), MOST_PLACES) if position_bias else 1
         seen_K = fit_examination([lesson.example for lesson in lessons], max(places, 1))
-        _scale(as_parent, corpus, precision, settings.unshown_weight, seen_K)
+        scale_to_clicks(as_parent, corpus, precision, settings.unshown_weight, seen_K)
         # What it says: of the stop slice, to be beaten there, and of older slates, to stay near it.
         stop_slice = StopSlice(stop_corpus, as_parent, precision, settings.unshown_weight)
         replayed = [index for index, lesson in enumerate(lessons) if lesson.replayed]
@@ -164,7 +159,7 @@ def fine_tune(
         learner = new_learner(copy.deepcopy(parent), lora_rank=settings.lora_rank, dropout=settings.dropout).to(device)
         learner.expect_places(seen_K)
         factors = learn_tastes(learner, [*train, *replay], corpus, precision, seen_K)
-        add_level(learner.ranker.head, _find_level(learner, corpus, precision, seen_K))
+        add_level(learner.ranker.head, find_level(learner, corpus, precision, seen_K))
         stepped = learner.learned()
 
         # 6. From there, or from where an earlier call was killed, epoch by epoch.
@@ -246,50 +241,6 @@ def _torch_for(settings: TrainingSettings) -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _scale(
-    parent: Learner, corpus: Corpus, precision: Precision, unshown_weight: float, seen_K: NDArray[np.float64]
-) -> None:
-    """Scales the parent's click logits, in place, as its order of the lessons deserves, the K places being so seen."""
-    among = _calibrating(corpus)
-    logits = score_corpus(parent, corpus, precision, among)
-    labels = corpus.labels(among)
-    bias = [_place_logits(corpus.lessons[index].example, seen_K) for index in among]
-    [factor] = best_factors(
-        pad_logits([logits[index] for index in among], labels.real).unsqueeze(0),
-        labels.gains,
-        labels.shown,
-        labels.real,
-        pad_logits([torch.from_numpy(of) for of in bias], labels.real),
-        [(1 / 16, 16.0)],
-        unshown_weight=unshown_weight,
-    )
-    scale_clicks(parent.ranker, factor)
-
-
-def _find_level(learner: Learner, corpus: Corpus, precision: Precision, seen_K: NDArray[np.float64]) -> float:
-    """Returns what the learner's click logits lack for clicks to be as likely as they were frequent."""
-    among = _calibrating(corpus)
-    logits = score_corpus(learner, corpus, precision, among)
-    lessons = [corpus.lessons[index] for index in among]
-    counts = [lesson.example.num_shown for lesson in lessons]
-    shown = [logits[index][:count].double().numpy() for index, count in zip(among, counts, strict=True)]
-    return level_shift(
-        np.concatenate(shown) + np.concatenate([_place_logits(lesson.example, seen_K) for lesson in lessons]),
-        np.concatenate([lesson.example.clicked_N[:count] for lesson, count in zip(lessons, counts, strict=True)]),
-        np.repeat([lesson.weight for lesson in lessons], counts),
-    )
-
-
-def _calibrating(corpus: Corpus) -> list[int]:
-    return list(range(0, len(corpus), max(len(corpus) // CALIBRATION_LESSONS, 1)))
-
-
-def _place_logits(example: Example, seen_K: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Returns what the places of what was shown add to a click logit; the last of the K stands for those after it."""
-    result: NDArray[np.float64] = np.log(seen_K[np.minimum(np.arange(example.num_shown), len(seen_K) - 1)])
-    return result
 
 
 def _fingerprint(ranker: SplitRanker, examples: Sequence[Example], settings: TrainingSettings, *sizes: int) -> str:

@@ -4,7 +4,7 @@ What tags are worth to a user was said by features until then, one by one (`tail
 said better by a model that infers all of it together. So three parts of the click logits are weighed against each
 other: tastes, those features, and everything else.
 
-Shapes: E lessons, N candidates.
+Shapes: B lessons, N candidates.
 """
 
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ from tailrace.responses import TOPIC_NAMES
 from tailrace.tastes import TasteModel
 from training.dataset import Corpus, Precision
 from training.examples import Example
-from training.learner import Learner, scale_clicks
+from training.learner import Learner
+from training.logit_scale import scale_clicks
 from training.losses import best_factors
 from training.stop_slice import pad_logits, score_corpus
 from training.taste_model import fit_taste_model
-from training.team import Team
 
 _MOST, _LEAST_REST = 16.0, 1 / 16  # of a factor; the last scales the whole head
 _PULL = 1.0  # the factors are expected to be 1, give or take as much: little evidence leaves them there
@@ -50,7 +50,7 @@ def learn_tastes(
     """
     # 1. Tastes, of all users and of each half of them.
     ranker, lessons = learner.ranker, corpus.examples
-    fitted = _as_leader(corpus.team, fit_taste_model(examples, seen_K, ranker.taste_model))
+    fitted = _as_leader(corpus, fit_taste_model(examples, seen_K, ranker.taste_model))
     if fitted is None:
         return None
     halves = [[one for one in examples if _half(one) == half] for half in (0, 1)]
@@ -71,8 +71,10 @@ def learn_tastes(
     #    would speak for the parts that this model was made of.
     labels = corpus.labels(range(len(corpus)))
     before = [of + torch.from_numpy(known.worth_of(one.tastes)) for of, one in zip(with_topics, lessons, strict=True)]
-    padded = [pad_logits(of, labels.real) for of in (tastes, with_topics, rest, before)]
-    parts = torch.stack([padded[0], padded[1] - padded[2], padded[2]])
+    told_BN, with_topics_BN, rest_BN, before_BN = (
+        pad_logits(of, labels.real) for of in (tastes, with_topics, rest, before)
+    )
+    parts = torch.stack([told_BN, with_topics_BN - rest_BN, rest_BN])
     with torch.no_grad():
         bias = learner.place_bias(labels.shown)
     found = best_factors(
@@ -85,25 +87,25 @@ def learn_tastes(
         unshown_weight=0.0,
         pull=_PULL,
     )
-    factors = Factors(*corpus.team.as_leader(torch.tensor(found)).tolist())
+    factors = Factors(*corpus.team.as_leader(torch.tensor(found, device=corpus.device)).tolist())
     _put(ranker.head.prior, torch.where(of_topics, prior * (factors.topics / factors.rest), prior))
     ranker.taste_model = replace(fitted, gain=factors.tastes / factors.rest)
     scale_clicks(ranker, factors.rest)
     # 4. Ratings rise with the sum of the parts, and keep their spread: else all would end at one star or at five.
     after = torch.tensordot(torch.tensor(factors, device=parts.device), parts, dims=1)
-    spreads = [float(of[labels.real].std()) for of in (padded[3], after)]
+    spreads = [float(of[labels.real].std()) for of in (before_BN, after)]
     if min(spreads) > 0:
         _put(ranker.head.rating_affine[0], ranker.head.rating_affine[0] * (factors.rest * spreads[0] / spreads[1]))
     return factors
 
 
-def _as_leader(team: Team, model: TasteModel | None) -> TasteModel | None:
+def _as_leader(corpus: Corpus, model: TasteModel | None) -> TasteModel | None:
     """Returns the first one's model to all of a team. Which tags are known all find alike, and whether anything is."""
-    if model is None or team.size == 1:
+    if model is None or corpus.team.size == 1:
         return model
 
     def say(values: NDArray[np.float32]) -> NDArray[np.float32]:
-        return team.as_leader(torch.from_numpy(values)).numpy()
+        return corpus.team.as_leader(torch.from_numpy(values).to(corpus.device)).cpu().numpy()
 
     return replace(
         model,

@@ -5,15 +5,15 @@ Shapes: B slates, N candidates, T states per item, H hidden size, F features, K 
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from training.batches import Batch
 from training.bert import BertLayer
-from training.dataset import Batch, Precision
+from training.dataset import Precision
 from training.head import Head
 from training.lora import LowRank, adapt_layers
 from training.model import SplitRanker
@@ -136,38 +136,6 @@ def to_raw_units(head: Head, mean: NDArray[np.float64], std: NDArray[np.float64]
     prior = head.prior.detach().cpu().double().numpy() / std
     _shift(head, -float(prior @ mean))
     _set(head.prior, prior)
-
-
-def level_shift(logits_R: NDArray[np.floating], clicked_R: NDArray[np.bool_], weights_R: NDArray[np.floating]) -> float:
-    """Returns what to add to every logit so that clicks are as likely as they were frequent. Orders nothing anew.
-
-    An untrained score has no level; learning one step by step would take most of a round.
-    """
-    if not len(logits_R):
-        return 0.0
-    wanted = (float(clicked_R @ weights_R) + 0.5) / (float(weights_R.sum()) + 1.0)
-    low, high = -60.0, 60.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        chances_R = 1 / (1 + np.exp(-np.clip(logits_R + middle, -60.0, 60.0)))
-        low, high = (middle, high) if float(chances_R @ weights_R) / float(weights_R.sum()) < wanted else (low, middle)
-    return (low + high) / 2
-
-
-def scale_clicks(ranker: SplitRanker, factor: float) -> None:
-    """Multiplies every click logit by `factor`, in place; ratings stay nearly as they are."""
-    head = ranker.head
-    with torch.no_grad():
-        for weight in (head.prior, head.outer.weight[0], head.outer.bias[0], head.match_gain[0]):
-            weight.mul_(factor)
-        head.rating_affine[0] /= factor
-    ranker.taste_model = replace(ranker.taste_model, gain=factor * ranker.taste_model.gain)
-
-
-def add_level(head: Head, shift: float) -> None:
-    """Adds `shift` to every click logit, in place."""
-    with torch.no_grad():
-        head.outer.bias[0] += shift
 
 
 def _of_adapter(name: str) -> bool:

@@ -20,14 +20,16 @@ from tailrace.ids import ItemId, ModelVersion, RequestId, UserId
 from tailrace.settings import TrainingSettings
 from tailrace.tastes import TasteModel, Tastes, bucket, make_tastes, no_tastes
 from tests.unit.conftest import FEATURE_NAMES, PRIOR
+from training.batches import Batch
 from training.bert import PACKAGED, Bert, BertShape, load_base
 from training.course import compute_losses, score_batch
-from training.dataset import Batch, Corpus
+from training.dataset import Corpus
 from training.examples import Example
 from training.fine_tune import FineTuned, fine_tune
 from training.first_step import Factors, learn_tastes
-from training.learner import Learner, feature_units, level_shift, scale_clicks, to_raw_units, to_standard_units
+from training.learner import Learner, feature_units, to_raw_units, to_standard_units
 from training.lessons import Lesson, choose_lessons, plan_batches
+from training.logit_scale import level_shift, scale_clicks
 from training.lora import adapt_layers, merge_layers
 from training.losses import ndcg
 from training.model import SplitRanker

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from services.slate import build_slate
 from tailrace.settings import GateSettings
 from tests.made_up_slates import make_example
-from training.calibration import fit_platt
+from training.calibration import Platt, fit_platt
 from training.evaluate import Evaluation, evaluate
 from training.examination import fit_examination
 from training.examples import Example
@@ -53,7 +53,7 @@ class Trial:
 
 
 def log_slates(
-    champion: Scores, worth: Scores, count: int, seed: int
+    champion: Scores, worth: Scores, count: int, seed: int, unshown: int = UNSHOWN
 ) -> tuple[list[Example], list[Parts], list[Reals]]:
     """Returns slates that a champion made, and of each request's candidates what they are made of and their chances.
 
@@ -82,9 +82,9 @@ def log_slates(
         chance_N = 1 / (1 + np.exp(4.0 - worth(all_parts)))
         clicked = rng.random(SHOWN) < chance_N[:SHOWN] * SEEN_K
         example = make_example(
-            clicked.tolist(), unshown=UNSHOWN, propensities=[slot.propensity for slot in slots], number=number
+            clicked.tolist(), unshown=unshown, propensities=[slot.propensity for slot in slots], number=number
         )
-        logged_N = scores_N[order][: SHOWN + UNSHOWN]
+        logged_N = scores_N[order][: SHOWN + unshown]
         examples.append(replace(example, scores_N=logged_N.astype(np.float32)))
         parts.append(all_parts)
         chances.append(chance_N)
@@ -100,7 +100,9 @@ def clicks_earned(scores: Scores, parts: Sequence[Parts], chances: Sequence[Real
     )
 
 
-def judge(examples: Sequence[Example], scores: Sequence[Reals], shown_only: bool = False) -> Evaluation:
+def judge(
+    examples: Sequence[Example], scores: Sequence[Reals], shown_only: bool = False, platt: Platt | None = None
+) -> Evaluation:
     if shown_only:
         count = SHOWN
         examples = [
@@ -117,7 +119,7 @@ def judge(examples: Sequence[Example], scores: Sequence[Reals], shown_only: bool
         scores = [of[:count] for of in scores]
     # The champion's chances are known from its own slates: it is the same whether an earlier or these very ones.
     logged = [of.scores_N[: len(of.texts)] for of in examples]
-    platt = fit_platt(
+    platt = platt or fit_platt(
         np.concatenate([of[:SHOWN] for of in logged]), np.concatenate([one.clicked_N[:SHOWN] for one in examples])
     )
     gains = judged_gains(examples, logged, platt, SEEN_K)
@@ -206,6 +208,21 @@ def test_among_what_the_champion_chose_alone_forgetting_does_not_show() -> None:
         for scores in (knows_one, nearly_forgot_the_one)
     ]
     assert decide(judged[0], judged[1], SOUND, GATE).promoted
+
+
+def test_where_many_that_were_not_shown_count_as_nothing_a_much_better_challenger_is_refused() -> None:
+    unshown = 60  # with the five that are logged by default it does not show
+    examples, parts, chances = log_slates(knows_the_lesser, subtle_above_all, 1200, 0, unshown)
+    usual, own = (clicks_earned(scores, parts, chances) for scores in (knows_the_lesser, subtle_above_all))
+    assert own > 1.5 * usual
+    verdicts = []
+    for platt in (Platt(slope=0.0, intercept=0.0), None):  # of the first nothing is expected
+        champion, challenger = (
+            judge(examples, [scores(of)[: SHOWN + unshown] for of in parts], platt=platt)
+            for scores in (knows_the_lesser, subtle_above_all)
+        )
+        verdicts.append(decide(champion, challenger, SOUND, GATE).promoted)
+    assert verdicts == [False, True]
 
 
 @pytest.mark.parametrize(
