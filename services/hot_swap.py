@@ -94,12 +94,13 @@ class ModelSlot:
         return self
 
     def stop(self) -> None:
-        """Stops both threads and retires the models."""
+        """Stops both threads, if they run, and retires the models."""
         self._stop.set()
         self._look.set()
         self._items_changed.set()
         for thread in self._threads:
-            thread.join(timeout=10)
+            if thread.is_alive():  # neither is where nobody started them
+                thread.join(timeout=10)
         for model in (*self._models(), self._aside):
             if model is not None:
                 model.retire()

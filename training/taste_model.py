@@ -30,7 +30,7 @@ _SPREAD = 0.5  # variance of what a tag is worth, in squared click logits, as lo
 _LEVEL_SPREAD, _LEAST_LEVEL_SPREAD = 0.1, 0.01  # the same of how much users click
 _PRIOR_USERS = 2.0  # what was known before counts as so many users
 _MOST_TAGS = 512  # that a model knows
-_MOST_SHOWN, _MOST_ROWS = 600, 100_000  # items shown to a user, the newest, and to all together: enough to learn of
+_MOST_SHOWN, _MOST_ROWS = 600, 300_000  # items shown to a user, the newest, and to all together: seconds of work
 
 
 @dataclass
