@@ -4,14 +4,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tailrace.settings import Settings
-from training.calibration import Platt, fit_platt
+from training.calibration import fit_platt
 from training.evaluate import Evaluation, evaluate
 from training.examination import fit_examination
 from training.examples import Example
 from training.item_moves import ItemMove, item_moves
-from training.judged_gains import judged_gains
+from training.judged_gains import fit_referee, judged_gains
 from training.popularity import count_popularity
 from training.rescoring import BundleScorer, Floats, encode_texts, latency_ratio, score_beside
 
@@ -55,19 +56,19 @@ def compare(
         tables.append(tables[0])
     else:
         tables.append(encode_texts(challenger, told, progress, threads=threads))
-    scores_by_model = score_beside(
+    told_by_model = score_beside(
         list(zip(models, tables, strict=True)),
         told,
         rating_weight=settings.slate.rating_weight,
         progress=progress,
         threads=threads,
     )
-    before_by_model = [scores[: len(calibrate_on)] for scores in scores_by_model]
-    scores_by_model = [scores[len(calibrate_on) :] for scores in scores_by_model]
-    platts = [_calibrate(calibrate_on, before) for before in before_by_model]
-    # Two numbers of a whole slice favour nobody on it, and few examples would tell them badly.
-    expects = _calibrate(told, [*before_by_model[0], *scores_by_model[0]])
-    gains = judged_gains(holdout, scores_by_model[0], expects, examination_K)
+    platts = [fit_platt(_shown(calibrate_on, scores), _clicked(calibrate_on)) for scores in told_by_model]
+    # Three numbers of a whole slice favour nobody on it, and few examples would tell them badly.
+    champion_said_I, challenger_said_I = (_shown(told, scores) for scores in told_by_model)
+    referee = fit_referee(champion_said_I, challenger_said_I, _clicked(told))
+    champion_scores, challenger_scores = (scores[len(calibrate_on) :] for scores in told_by_model)
+    gains = judged_gains(holdout, champion_scores, challenger_scores, referee, examination_K)
     found = [
         evaluate(
             holdout,
@@ -79,7 +80,7 @@ def compare(
             seed=settings.training.seed,
             bootstrap=settings.gate.bootstrap,
         )
-        for platt, scores in zip(platts, scores_by_model, strict=True)
+        for platt, scores in zip(platts, (champion_scores, challenger_scores), strict=True)
     ]
     ratio = latency_ratio(
         (champion, tables[0]),
@@ -87,10 +88,13 @@ def compare(
         holdout[:_TIMED],
         num_candidates=settings.ranker.num_candidates,
     )
-    return Contest(found[0], found[1], ratio, item_moves(holdout, *scores_by_model))
+    return Contest(found[0], found[1], ratio, item_moves(holdout, champion_scores, challenger_scores))
 
 
-def _calibrate(examples: Sequence[Example], scores: Sequence[Floats]) -> Platt:
-    shown = [scored[: one.num_shown] for one, scored in zip(examples, scores, strict=True)]
-    clicked = [one.clicked_N[: one.num_shown] for one in examples]
-    return fit_platt(np.concatenate(shown), np.concatenate(clicked))
+def _shown(examples: Sequence[Example], scores: Sequence[Floats]) -> Floats:
+    """Returns the scores of what these examples showed, all together; those of further examples are left out."""
+    return np.concatenate([scored[: one.num_shown] for one, scored in zip(examples, scores, strict=False)])
+
+
+def _clicked(examples: Sequence[Example]) -> NDArray[np.bool_]:
+    return np.concatenate([one.clicked_N[: one.num_shown] for one in examples])

@@ -5,7 +5,7 @@ items of a slate, so a challenger gets no credit for what it alone would have sh
 Coverage, novelty and diversity need no labels: they look at who would stand first among all logged candidates, the
 shown and the sample of those not shown. Slates are short, hence figures at 3 beside those at 10.
 
-What the gate compares is over all logged candidates too (`training.judged_gains`).
+What the gate compares is over all candidates, too (`training.judged_gains`).
 
 Shapes: E examples, S items of the longest slate, N candidates, M columns, R resamples, B bins, k first places.
 """
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from training.calibration import AS_SCORED, NUM_BINS, Platt, ReliabilityBin, assign_bins, calibration_error
 from training.examples import Example
 from training.first_places import Sanity, check_sanity, stand_first
+from training.judged_gains import judged_ndcgs
 from training.popularity import Popularity
 from training.ranking_metrics import Interval
 from training.rescoring import BundleScorer, ItemTable, score_examples
@@ -31,7 +32,6 @@ from training.slate_metrics import (
     line_up,
     log_losses,
     ndcgs,
-    pooled_ndcgs,
     reciprocal_ranks,
     resample_sums,
     retrieved,
@@ -59,7 +59,7 @@ class Evaluation:
     """One model on one set of examples.
 
     `ranked` slates have a gain and more than one item, and only they tell about ranks. `judged_E` is what the gate
-    compares: NDCG@10 by example among all logged candidates, NaN where there is nothing to gain or to order.
+    compares: NDCG@10 by example among all candidates, NaN where there is nothing to gain or to order.
     `readers_E` numbers the readers: slates of one hang together.
     """
 
@@ -113,7 +113,7 @@ def evaluate(
     judged_E = ndcgs(whole, TOP)
     ranked = int(np.isfinite(judged_E).sum())
     if gains is not None:
-        judged_E = pooled_ndcgs(line_up(scores, gains, [one.clicked_N for one in examples]), TOP)
+        judged_E = judged_ndcgs(examples, scores, gains, TOP)
         ratios["ndcg_10_judged"] = _mean(judged_E)
     # 2. Who would stand first, which needs no labels.
     first = stand_first(examples, scores, SHORT, seed)

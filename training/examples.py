@@ -51,6 +51,7 @@ class Example:
     gains_N: Floats  # float32 [N], 0 or more: graded label; 0 where nothing good happened
     clicked_N: Flags  # bool [N]: any positive interaction, which is what click rate, AUC and log loss count
     ratings_N: Floats  # float32 [N], 1 to 5; NaN where not rated
+    num_candidates: int = 0  # that were ranked; 0 where the log does not say, and then those that are here were
 
 
 class JoinCounts(msgspec.Struct, frozen=True, kw_only=True):
@@ -253,6 +254,7 @@ def unlabelled_example(impression: Impression) -> Example:
         gains_N=np.zeros(len(candidates), dtype=np.float32),
         clicked_N=np.zeros(len(candidates), dtype=np.bool_),
         ratings_N=np.full(len(candidates), np.nan, dtype=np.float32),
+        num_candidates=impression.num_candidates,
     )
 
 

@@ -27,7 +27,7 @@ from training.calibration import AS_SCORED, Platt, fit_platt
 from training.evaluate import Evaluation, evaluate
 from training.examination import fit_examination
 from training.examples import Example
-from training.judged_gains import judged_gains
+from training.judged_gains import Referee, judged_gains
 from training.popularity import Popularity, count_popularity
 from training.rescoring import ItemTable, encode_texts, latency_ratio, score_beside, score_examples
 from training.slate_metrics import aucs, hits, line_up, ndcgs, reciprocal_ranks, retrieved
@@ -273,28 +273,12 @@ def test_examination_is_learned_from_explored_places_and_takes_the_position_bias
     np.testing.assert_allclose(learned, seen, atol=0.03)
     forward, backward = ([sign * np.arange(10.0)] * 3000 for sign in (-1, 1))
     biased = [judge(examples, order, bootstrap=2).figures["ndcg_10"].mean for order in (forward, backward)]
-    gains = judged_gains(examples, forward, AS_SCORED, seen)
+    gains = judged_gains(examples, forward, backward, Referee(1.0, 0.0, 0.0), seen)
     fair = [
         judge(examples, order, bootstrap=2, gains=gains).figures["ndcg_10_judged"].mean for order in (forward, backward)
     ]
     assert biased[0] - biased[1] > 0.25
     assert abs(fair[0] - fair[1]) < 0.1 * (biased[0] - biased[1])
-
-
-def test_what_was_not_shown_counts_with_what_the_champion_expects_of_it() -> None:
-    # One click in four places of which the second is seen half as often; a click gains 3.
-    seen_K = np.array([1.0, 0.5])
-    example = make_example([1, 0], gains=[3.0, 0.0], unshown=2)
-    other = make_example([0, 0], unshown=1, number=1)
-    scores = [np.array([0.0, 0.0, -1.0, math.nan]), np.zeros(3)]
-    platt = Platt(slope=2.0, intercept=-1.0)
-    first_N, second_N = judged_gains([example, other], scores, platt, seen_K)
-    usual = 3.0 * 4 / 3.0  # of a click, at the first place, where those shown were seen three times in four
-    chance = 1 / (1 + math.exp(3.0))
-    assert first_N.tolist() == pytest.approx([3.0, 0.0, usual * chance, 0.0], abs=1e-9)
-    assert second_N.tolist() == pytest.approx([0.0, 0.0, usual / (1 + math.exp(1.0))])
-    turned_N, _ = judged_gains([example, other], scores, Platt(slope=-0.1, intercept=-1.0), seen_K)
-    assert turned_N.tolist() == [3.0, 0.0, 0.0, 0.0]
 
 
 def test_without_explored_clicks_no_place_is_less_seen_than_another() -> None:

@@ -12,11 +12,10 @@ import pytest
 
 from tailrace.settings import GateSettings
 from tests.made_up_slates import make_examples
-from training.calibration import Platt
 from training.evaluate import evaluate
 from training.gate import decide
 from training.item_moves import ItemMove, item_moves
-from training.judged_gains import judged_gains
+from training.judged_gains import Referee, judged_gains
 from training.popularity import count_popularity
 from training.ranking_metrics import Interval
 from training.report import FIGURES, RoundFacts, write_report
@@ -31,7 +30,7 @@ def facts() -> RoundFacts:
     rng = np.random.default_rng(4)
     before = [worth + 3 * rng.normal(size=len(worth)) for worth in worths]
     popularity = count_popularity(examples[:40])
-    gains = judged_gains(examples, before, Platt(0.2, -1.1), np.ones(8))
+    gains = judged_gains(examples, before, worths, Referee(0.1, 0.1, -1.1), np.ones(8))
     champion = evaluate(examples, before, popularity=popularity, gains=gains, bootstrap=50)
     challenger = evaluate(examples, worths, popularity=popularity, gains=gains, bootstrap=50)
     return RoundFacts(
