@@ -12,7 +12,7 @@ from training.evaluate import Evaluation, evaluate
 from training.examination import fit_examination
 from training.examples import Example
 from training.item_moves import ItemMove, item_moves
-from training.judged_gains import fit_referee, judged_gains
+from training.judged_gains import fit_referee, judged_gains, places_seen
 from training.popularity import count_popularity
 from training.rescoring import BundleScorer, Floats, encode_texts, latency_ratio, score_beside
 
@@ -63,10 +63,12 @@ def compare(
         progress=progress,
         threads=threads,
     )
-    platts = [fit_platt(_shown(calibrate_on, scores), _clicked(calibrate_on)) for scores in told_by_model]
-    # Three numbers of a whole slice favour nobody on it, and few examples would tell them badly.
+    before_by_model = [scores[: len(calibrate_on)] for scores in told_by_model]
+    platts = [fit_platt(_shown(calibrate_on, before), _clicked(calibrate_on)) for before in before_by_model]
+    # Three numbers of a whole slice hardly favour anybody on it, and few examples would tell them badly.
     champion_said_I, challenger_said_I = (_shown(told, scores) for scores in told_by_model)
-    referee = fit_referee(champion_said_I, challenger_said_I, _clicked(told))
+    seen_I = np.concatenate([places_seen(one, examination_K) for one in told])
+    referee = fit_referee(champion_said_I, challenger_said_I, _clicked(told), seen_I)
     champion_scores, challenger_scores = (scores[len(calibrate_on) :] for scores in told_by_model)
     gains = judged_gains(holdout, champion_scores, challenger_scores, referee, examination_K)
     found = [
@@ -92,8 +94,8 @@ def compare(
 
 
 def _shown(examples: Sequence[Example], scores: Sequence[Floats]) -> Floats:
-    """Returns the scores of what these examples showed, all together; those of further examples are left out."""
-    return np.concatenate([scored[: one.num_shown] for one, scored in zip(examples, scores, strict=False)])
+    """Returns the scores of what these examples showed, all together."""
+    return np.concatenate([scored[: one.num_shown] for one, scored in zip(examples, scores, strict=True)])
 
 
 def _clicked(examples: Sequence[Example]) -> NDArray[np.bool_]:

@@ -5,7 +5,7 @@ items of a slate, so a challenger gets no credit for what it alone would have sh
 Coverage, novelty and diversity need no labels: they look at who would stand first among all logged candidates, the
 shown and the sample of those not shown. Slates are short, hence figures at 3 beside those at 10.
 
-What the gate compares is over all candidates, too (`training.judged_gains`).
+What the gate compares is over all candidates, as far as the logged ones stand for them (`training.judged_gains`).
 
 Shapes: E examples, S items of the longest slate, N candidates, M columns, R resamples, B bins, k first places.
 """
@@ -59,7 +59,7 @@ class Evaluation:
     """One model on one set of examples.
 
     `ranked` slates have a gain and more than one item, and only they tell about ranks. `judged_E` is what the gate
-    compares: NDCG@10 by example among all candidates, NaN where there is nothing to gain or to order.
+    compares: NDCG@10 by example as judged, NaN where there is nothing to gain or to order.
     `readers_E` numbers the readers: slates of one hang together.
     """
 

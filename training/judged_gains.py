@@ -10,12 +10,15 @@ whoever errs elsewhere: the champion's errors are many among what it chose, and 
 clicked would favour the champion, the more the better another is. So it counts with what a referee expects: a
 regression of the clicks on the scores of both, stacked (Wolpert 1992, "Stacked generalization"), as the direct method
 would have it (Dudik, Langford and Li 2011, "Doubly robust policy evaluation and learning"). It believes each as far as
-it was right among what was shown.
+it was right among what was shown. Of what the champion thinks less of than of anything that it showed, nobody can tell
+whether it was right: there the champion alone is asked, or a challenger that had forgotten what keeps it from every
+slate would be believed.
 
 And only a sample of the unshown is logged, among which a rank is better than it would be among all (Krichene and
-Rendle 2020, "On sampled metrics for item recommendation"). So each stands for as many as it was drawn from.
+Rendle 2020, "On sampled metrics for item recommendation"). So each stands for as many as it was drawn from. That blurs
+a challenger's first places more than the champion's, and so errs towards the champion.
 
-Shapes: N candidates, K places, I shown items of all slates together, E examples.
+Shapes: N candidates, K places, I shown items of all slates together, M models, E examples.
 """
 
 from collections.abc import Sequence
@@ -32,51 +35,77 @@ from training.slate_metrics import Reals, line_up, pooled_ndcgs
 Scores = Sequence[NDArray[np.floating]]
 
 _RIDGE = 1e-6  # only so that clicks which the scores tell apart for sure leave an answer
+_MOST_SEEN = 1 - 1e-6  # never for sure: a miss at a place that all look at has a chance
+_HARDLY_EVER = 0.01  # of what was shown, the part that the champion thought least of
 
 
 @dataclass(frozen=True)
 class Referee:
-    """The logit of a click is `champion` and `challenger` times what each scores, plus `intercept`."""
+    """What both models' scores say of a click at a place that is looked at as the first is.
+
+    The logit is `champion` and `challenger` times what each scores, plus `intercept`. Where the champion scores less
+    than `known_from` it is `alone` times that score, plus `alone_intercept`.
+    """
 
     champion: float
     challenger: float
     intercept: float
+    alone: float = 0.0
+    alone_intercept: float = 0.0
+    known_from: float = -np.inf
 
     def chances(self, champion_N: NDArray[np.floating], challenger_N: NDArray[np.floating]) -> Reals:
         """Returns float64 [N]: the chance of a click; 0 where a score is no number."""
         with np.errstate(invalid="ignore"):
-            logits_N = self.champion * champion_N + self.challenger * challenger_N + self.intercept
-        result: Reals = 1 / (1 + np.exp(-np.clip(np.nan_to_num(logits_N, nan=-np.inf), -60.0, 60.0)))
-        return result
+            both_N = self.champion * champion_N + self.challenger * challenger_N + self.intercept
+            logits_N = np.where(champion_N < self.known_from, self.alone * champion_N + self.alone_intercept, both_N)
+        expected_N = np.isfinite(champion_N) & np.isfinite(challenger_N) & np.isfinite(logits_N)
+        return np.where(expected_N, 1 / (1 + np.exp(-np.clip(logits_N, -60.0, 60.0))), 0.0)
 
 
 NOTHING_EXPECTED = Referee(0.0, 0.0, -np.inf)
 
 
-def fit_referee(champion_I: NDArray[np.floating], challenger_I: NDArray[np.floating], clicked_I: Flags) -> Referee:
+def fit_referee(
+    champion_I: NDArray[np.floating], challenger_I: NDArray[np.floating], clicked_I: Flags, seen_I: Reals
+) -> Referee:
     """Returns what explains the clicks on shown items best, by logistic regression with weights of 0 or more.
 
-    Where the champion's scores say nothing of clicks, by themselves, nothing is expected of what was not shown: it
-    would speak for whoever ranks the other way round.
+    `seen_I` is the chance that an item's place was looked at, relative to the first. Where the champion's scores say
+    nothing of clicks, by themselves, nothing is expected of what was not shown: it would speak for whoever ranks the
+    other way round.
     """
     finite_I = np.isfinite(champion_I) & np.isfinite(challenger_I)
     if fit_platt(champion_I[finite_I], clicked_I[finite_I]).slope <= 0:
         return NOTHING_EXPECTED
     scores_I2 = np.stack([champion_I, challenger_I], axis=1)[finite_I].astype(np.float64)
-    centre_2, spread_2 = scores_I2.mean(0), scores_I2.std(0)
-    spread_2 = np.where(spread_2 < 1e-9, np.inf, spread_2)  # scores that do not differ are worth nothing
-    inputs_I3 = np.column_stack([(scores_I2 - centre_2) / spread_2, np.ones(len(scores_I2))])
-    signs_I = np.where(clicked_I[finite_I], 1.0, -1.0)
+    told = clicked_I[finite_I], np.minimum(seen_I[finite_I], _MOST_SEEN)
+    (alone,), alone_intercept = _regress(scores_I2[:, :1], *told)
+    (champion, challenger), intercept = _regress(scores_I2, *told)
+    known_from = float(np.quantile(scores_I2[:, 0], _HARDLY_EVER))
+    return Referee(champion, challenger, intercept, alone, alone_intercept, known_from)
 
-    def loss(weights_3: Reals) -> tuple[float, Reals]:
-        margins_I = signs_I * (inputs_I3 @ weights_3)
-        slopes_I = -signs_I / (1 + np.exp(np.clip(margins_I, -60.0, 60.0)))
-        found = np.logaddexp(0.0, -margins_I).mean() + _RIDGE * weights_3 @ weights_3 / 2
-        return float(found), slopes_I @ inputs_I3 / len(signs_I) + _RIDGE * weights_3
 
-    weights_3 = minimize(loss, np.zeros(3), jac=True, method="L-BFGS-B", bounds=[(0, None), (0, None), (None, None)]).x
-    champion, challenger = (weights_3[:2] / spread_2).tolist()
-    return Referee(champion, challenger, float(weights_3[2] - np.array([champion, challenger]) @ centre_2))
+def _regress(scores_IM: Reals, clicked_I: Flags, seen_I: Reals) -> tuple[list[float], float]:
+    """Returns the likeliest weights of M scores, each 0 or more, and the intercept, of the logit of a click if seen."""
+    centre_M, spread_M = scores_IM.mean(0), scores_IM.std(0)
+    spread_M = np.where(spread_M < 1e-9, np.inf, spread_M)  # scores that do not differ are worth nothing
+    inputs_IX = np.column_stack([(scores_IM - centre_M) / spread_M, np.ones(len(scores_IM))])
+
+    def loss(weights_X: Reals) -> tuple[float, Reals]:
+        chances_I = 1 / (1 + np.exp(-np.clip(inputs_IX @ weights_X, -30.0, 30.0)))
+        seen_clicks_I = seen_I * chances_I
+        missed_I = seen_clicks_I * (1 - chances_I) / (1 - seen_clicks_I)
+        slopes_I = np.where(clicked_I, 1 - chances_I, -missed_I)
+        likelihood = np.log(np.where(clicked_I, seen_clicks_I, 1 - seen_clicks_I)).mean()
+        found = _RIDGE * weights_X @ weights_X / 2 - likelihood
+        return float(found), _RIDGE * weights_X - slopes_I @ inputs_IX / len(clicked_I)
+
+    models = scores_IM.shape[1]
+    bounds = [*[(0, None)] * models, (None, None)]
+    weights_X = minimize(loss, np.zeros(models + 1), jac=True, method="L-BFGS-B", bounds=bounds).x
+    weights_M = weights_X[:-1] / spread_M
+    return weights_M.tolist(), float(weights_X[-1] - weights_M @ centre_M)
 
 
 def judged_gains(
@@ -86,42 +115,39 @@ def judged_gains(
 
     The last of `seen_K` stands for the places after it.
     """
-    shown = sum(example.num_shown for example in examples)
     clicks = sum(int(example.clicked_N[: example.num_shown].sum()) for example in examples)
     gained = sum(float(example.gains_N[: example.num_shown].sum()) for example in examples)
-    seen = sum(float(_seen(example, seen_K).sum()) for example in examples)
-    # The chances are those of places as they were shown, of a mixture of all of them.
-    gain_per_chance = gained / max(clicks, 1) * shown / max(seen, 1e-9)
+    gain_per_click = gained / max(clicks, 1)
     found = []
     for example, own_N, other_N in zip(examples, champion_scores, challenger_scores, strict=True):
-        gains_N = gain_per_chance * referee.chances(own_N, other_N)
-        gains_N[: example.num_shown] = example.gains_N[: example.num_shown] / _seen(example, seen_K)
+        gains_N = gain_per_click * referee.chances(own_N, other_N)
+        gains_N[: example.num_shown] = example.gains_N[: example.num_shown] / places_seen(example, seen_K)
         found.append(gains_N)
     return found
 
 
 def judged_ndcgs(examples: Sequence[Example], scores: Scores, gains: Sequence[Reals], top: int) -> Reals:
-    """Returns float64 [E]: NDCG of `gains` up to rank `top` among all candidates, of those not shown by the sample.
+    """Returns float64 [E]: NDCG of `gains` up to rank `top`, the sample of those not shown standing for all of them.
 
     By the mean ideal of all examples; not a number where there is nothing to gain or to order.
     """
-    times = [_stands_for(example) for example in examples]
+    times = [np.minimum(stands_for(example), top) for example in examples]  # more of the same fill no further place
     whole_scores, whole_gains = (
         [np.repeat(of, count_N) for of, count_N in zip(values, times, strict=True)] for values in (scores, gains)
     )
     return pooled_ndcgs(line_up(whole_scores, whole_gains, [np.zeros(len(of), np.bool_) for of in whole_gains]), top)
 
 
-def _stands_for(example: Example) -> NDArray[np.int64]:
-    """Returns int64 [N]: how many candidates each logged one stands for."""
+def stands_for(example: Example) -> NDArray[np.int64]:
+    """Returns int64 [N]: how many candidates each logged one stands for, to the nearest whole number."""
     logged = len(example.item_ids) - example.num_shown
-    unshown = max(example.num_candidates - example.num_shown, logged)
     times_N = np.ones(len(example.item_ids), dtype=np.int64)
     if logged:
-        times_N[example.num_shown :] = round(unshown / logged)
+        times_N[example.num_shown :] = max(round((example.num_candidates - example.num_shown) / logged), 1)
     return times_N
 
 
-def _seen(example: Example, seen_K: Reals) -> Reals:
+def places_seen(example: Example, seen_K: Reals) -> Reals:
+    """Returns float64 [num_shown]: the chance that each place was looked at; the last of K is that of all later ones."""
     result: Reals = seen_K[np.minimum(np.arange(example.num_shown), len(seen_K) - 1)]
     return result

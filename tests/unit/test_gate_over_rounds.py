@@ -23,7 +23,7 @@ from training.popularity import Popularity
 
 Reals = NDArray[np.float64]
 
-SHOWN, CANDIDATES, UNSHOWN = 8, 120, 5
+SHOWN, CANDIDATES, UNSHOWN = 8, 120, 10
 STEEPNESS = 0.3
 SEEN_K = (np.arange(SHOWN) + 1.0) ** -STEEPNESS
 SOUND = 1.0  # takes as long as the champion
@@ -125,7 +125,8 @@ def judge(
         [of[: len(one.texts)] for one, of in zip(examples, scores, strict=True)] for scores in (champion, challenger)
     )
     said = (np.concatenate([of[:SHOWN] for of in scores]) for scores in (champion, challenger))
-    referee = referee or fit_referee(*said, np.concatenate([one.clicked_N[:SHOWN] for one in examples]))
+    clicked_I = np.concatenate([one.clicked_N[:SHOWN] for one in examples])
+    referee = referee or fit_referee(*said, clicked_I, np.tile(SEEN_K, len(examples)))
     gains = judged_gains(examples, champion, challenger, referee, SEEN_K)
     own, other = (
         evaluate(examples, scores, popularity=Popularity({}, {}), gains=gains, bootstrap=10)
@@ -181,6 +182,22 @@ def errs_elsewhere_and_a_little_more(of: Parts) -> Reals:
     return 1.5 * of.well_known_N + 1.12 * of.other_error_N
 
 
+def worthless(of: Parts) -> Reals:
+    return 6.0 * (of.other_error_N > 0.25)  # two in five
+
+
+def some_are_worthless(of: Parts) -> Reals:
+    return 2 * of.well_known_N - worthless(of)
+
+
+def shows_none_of_them(of: Parts) -> Reals:
+    return 2 * of.well_known_N + 0.6 * of.error_N - worthless(of)
+
+
+def forgot_that_they_are(of: Parts) -> Reals:
+    return 2 * of.well_known_N
+
+
 def subtle_above_all(of: Parts) -> Reals:
     return of.well_known_N + 2 * of.subtle_N
 
@@ -199,12 +216,14 @@ def errs_less(of: Parts) -> Reals:
         (knows_one, forgot_the_one_for_the_other, both),
         (knows_one, nearly_forgot_the_one, both),
         (errs, errs_elsewhere_and_more, one),
+        (shows_none_of_them, forgot_that_they_are, some_are_worthless),  # nothing shown says that they are
     ],
 )
+@pytest.mark.parametrize("count", [300, 1200])
 def test_a_worse_challenger_that_looks_no_worse_among_what_the_champion_chose_is_stopped(
-    champion: Scores, challenger: Scores, worth: Scores
+    champion: Scores, challenger: Scores, worth: Scores, count: int
 ) -> None:
-    trial = try_challenger(champion, challenger, worth)
+    trial = try_challenger(champion, challenger, worth, count)
     assert trial.gain < -0.08
     assert not trial.verdict.promoted
 

@@ -5,10 +5,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from sklearn.linear_model import LogisticRegression
 
 from tests.made_up_slates import make_example
-from training.judged_gains import NOTHING_EXPECTED, Referee, fit_referee, judged_gains, judged_ndcgs
+from training.judged_gains import NOTHING_EXPECTED, Referee, fit_referee, judged_gains, judged_ndcgs, stands_for
 
 
 def test_what_was_not_shown_counts_with_what_the_referee_expects_of_it() -> None:
@@ -19,33 +18,50 @@ def test_what_was_not_shown_counts_with_what_the_referee_expects_of_it() -> None
     champion = [np.array([0.0, 0.0, -1.0, math.nan]), np.zeros(3)]
     challenger = [np.array([0.0, 0.0, 0.5, 0.0]), np.ones(3)]
     first_N, second_N = judged_gains([example, other], champion, challenger, Referee(2.0, 4.0, -1.0), seen_K)
-    usual = 3.0 * 4 / 3.0  # of a click, at the first place, where those shown were seen three times in four
-    assert first_N.tolist() == pytest.approx([3.0, 0.0, usual / (1 + math.exp(1.0)), 0.0], abs=1e-9)
-    assert second_N.tolist() == pytest.approx([0.0, 0.0, usual / (1 + math.exp(-3.0))])
+    assert first_N.tolist() == pytest.approx([3.0, 0.0, 3.0 / (1 + math.exp(1.0)), 0.0])
+    assert second_N.tolist() == pytest.approx([0.0, 0.0, 3.0 / (1 + math.exp(-3.0))])
     nothing_N, _ = judged_gains([example, other], champion, challenger, NOTHING_EXPECTED, seen_K)
-    assert nothing_N.tolist() == pytest.approx([3.0, 0.0, 0.0, 0.0], abs=1e-9)
+    assert nothing_N.tolist() == [3.0, 0.0, 0.0, 0.0]
+    # Below what the champion ever showed it is asked alone.
+    unknown = Referee(2.0, 4.0, -1.0, alone=1.0, alone_intercept=-2.0, known_from=-0.5)
+    first_N, _ = judged_gains([example, other], champion, challenger, unknown, seen_K)
+    assert first_N[2] == pytest.approx(3.0 / (1 + math.exp(3.0)))
 
 
-def test_a_referee_believes_each_as_far_as_it_was_right() -> None:
+@pytest.mark.parametrize("steepness", [0.0, 1.0])
+def test_a_referee_believes_each_as_far_as_it_was_right_wherever_it_stood(steepness: float) -> None:
     rng = np.random.default_rng(0)
-    champion_I, challenger_I = rng.normal(size=(2, 4000)) * [[3.0], [0.2]] + 5.0
-    clicked_I = rng.random(4000) < 1 / (1 + np.exp(8.0 - 0.3 * champion_I - challenger_I))
-    found = fit_referee(champion_I, challenger_I, clicked_I)
-    usual = LogisticRegression(C=1e6).fit(np.stack([champion_I, challenger_I], axis=1), clicked_I)
-    assert [found.champion, found.challenger] == pytest.approx(usual.coef_[0].tolist(), rel=0.02)
-    assert found.intercept == pytest.approx(float(usual.intercept_[0]), rel=0.02)
+    champion_I, challenger_I = rng.normal(size=(2, 40_000)) * [[3.0], [1.0]] + 5.0
+    # What the champion thought well of stood high, and was seen more.
+    seen_I = (np.argsort(np.argsort(-champion_I.reshape(-1, 8)), axis=1).ravel() + 1.0) ** -steepness
+    clicked_I = rng.random(40_000) < seen_I / (1 + np.exp(8.0 - 0.3 * champion_I - challenger_I))
+    found = fit_referee(champion_I, challenger_I, clicked_I, seen_I)
+    assert [found.champion, found.challenger] == pytest.approx([0.3, 1.0], rel=0.06)
+    assert found.intercept == pytest.approx(-8.0, rel=0.05)
 
 
 def test_a_referee_believes_nobody_who_was_wrong() -> None:
     rng = np.random.default_rng(1)
+    seen_I = np.ones(2000)
     champion_I, other_I = rng.normal(size=(2, 2000))
     clicked_I = rng.random(2000) < 1 / (1 + np.exp(2.0 - champion_I + other_I))
-    assert fit_referee(champion_I, other_I, clicked_I).challenger == 0.0
-    assert fit_referee(champion_I, np.zeros(2000), clicked_I).challenger == 0.0
-    broken = fit_referee(champion_I, np.full(2000, math.nan), clicked_I)
-    assert broken == NOTHING_EXPECTED
+    assert fit_referee(champion_I, other_I, clicked_I, seen_I).challenger == 0.0
+    assert fit_referee(champion_I, np.zeros(2000), clicked_I, seen_I).challenger == 0.0
+    assert fit_referee(champion_I, np.full(2000, math.nan), clicked_I, seen_I) == NOTHING_EXPECTED
     # Who ranks the other way round than a champion whose scores run against the clicks gets nothing for it.
-    assert fit_referee(-champion_I, champion_I, clicked_I) == NOTHING_EXPECTED
+    assert fit_referee(-champion_I, champion_I, clicked_I, seen_I) == NOTHING_EXPECTED
+
+
+def test_where_there_is_nothing_to_gain_nothing_is_judged() -> None:
+    example = make_example([0, 0], unshown=2)
+    gains = judged_gains([example], [np.arange(4.0)], [np.arange(4.0)], NOTHING_EXPECTED, np.ones(2))
+    assert np.isnan(judged_ndcgs([example], [np.arange(4.0)], gains, top=10)).all()
+
+
+@pytest.mark.parametrize(("ranked", "unshown", "times"), [(200, 5, 38), (0, 5, 1), (4, 5, 1), (14, 4, 2), (8, 0, 1)])
+def test_each_logged_candidate_stands_for_as_many_as_it_was_drawn_from(ranked: int, unshown: int, times: int) -> None:
+    example = replace(make_example([0] * 8, unshown=unshown), num_candidates=ranked)
+    assert stands_for(example).tolist() == [1] * 8 + [times] * unshown
 
 
 def test_a_sample_of_those_not_shown_stands_for_all_of_them() -> None:
