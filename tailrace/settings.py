@@ -111,7 +111,7 @@ class SlateSettings(_Section, frozen=True, kw_only=True):
     max_per_tag: Annotated[int, _doc("most items of one tag in a slate; 0: no cap")] = 4
     exploration: Annotated[Share, _doc("share of slate positions drawn at random from the next candidates")] = 0.05
     explore_pool: Annotated[Positive, _doc("how many candidates below the slate may be explored")] = 50
-    unshown_logged: Annotated[int, _doc("losing candidates logged with each impression: training and the gate see no others")] = 10
+    unshown_logged: Annotated[int, _doc("losing candidates logged, of which alone training and the gate know")] = 10
 
 
 class GatewaySettings(_Section, frozen=True, kw_only=True):

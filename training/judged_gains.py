@@ -148,6 +148,6 @@ def stands_for(example: Example) -> NDArray[np.int64]:
 
 
 def places_seen(example: Example, seen_K: Reals) -> Reals:
-    """Returns float64 [num_shown]: the chance that each place was looked at; the last of K is that of all later ones."""
+    """Returns float64 [num_shown]: the chance that each place was looked at; that of the last for later ones."""
     result: Reals = seen_K[np.minimum(np.arange(example.num_shown), len(seen_K) - 1)]
     return result

@@ -39,7 +39,7 @@ SLICE_SHOWN = "ndcg_10"
 
 CAVEAT = (
     "Only shown items have labels, and the champion chose them: rank figures are over the shown items of a slate, "
-    "but for what the gate judges by: there, what was not shown counts with what the champion expects of it. "
+    "but for what the gate judges by: there, what was not shown counts with what is to be expected of it. "
     "Coverage, novelty and diversity are of the three that would stand first among the shown and the logged sample of "
     "those not shown. NDCG, MRR, HR, precision, recall and F1 leave out slates that cannot tell. "
     f"Intervals are {CONFIDENCE:.0%}, by bootstrap over the examples; that of the calibration error leans up, since "
