@@ -22,7 +22,7 @@ from training.examples import Example
 
 Reals = NDArray[np.floating]
 
-_ROUNDS = 20  # of expectation and maximisation at most
+_ROUNDS = 8  # of expectation and maximisation at most: twenty rank no better, and the next fit goes on from here
 _SETTLED = 0.01  # part of the covariance by which a round may change it, and none follows
 _STEPS, _HALVINGS = 8, 6  # of Newton's method, and of a step that leads downhill
 _NEAR = 1e-3  # in logits: a step so small is the last
