@@ -132,6 +132,11 @@ class Corpus:
         wanted = set(among)
         return _chunks([index for index in np.lexsort((self.lengths, self.widths)).tolist() if index in wanted])
 
+    def features(self, index: int) -> NDArray[np.float32]:
+        """Returns float32 [N,F]: the features of a lesson's candidates, in standard units."""
+        raw_NF = self.lessons[index].example.features_NF
+        return ((raw_NF - self._mean) / self._std).astype(np.float32)
+
     def batch(self, chosen: Sequence[int], taste_model: TasteModel) -> Batch:
         """Returns what a model with this taste model reads of these examples, which must be its own, on the device."""
         missing = [index for index in chosen if index not in self._kept]
@@ -145,7 +150,7 @@ class Corpus:
             state_mask = real.unsqueeze(-1).long() if self._pooled_only else self._table_mask[rows] * real.unsqueeze(-1)
         users = [one.users for one in held]
         lengths = torch.tensor([len(states) for states in users])
-        features = [(self.lessons[index].example.features_NF - self._mean) / self._std for index in chosen]
+        features = [self.features(index) for index in chosen]
         return self._place(
             Batch(
                 user_vectors=torch.stack([one.vector for one in held]),
@@ -153,7 +158,7 @@ class Corpus:
                 user_mask=(torch.arange(int(lengths.max())) < lengths.unsqueeze(1)).long(),
                 states=states,
                 state_mask=state_mask,
-                features=_pad([one.astype(np.float32) for one in features], 0.0),
+                features=_pad(features, 0.0),
                 tag_worth=_pad([self._tag_worth(index, taste_model) for index in chosen], 0.0),
                 real=real,
             )

@@ -59,22 +59,19 @@ def learn_tastes(
     tastes = [torch.from_numpy(of_half[1 - _half(one)].worth_of(one.tastes)) for one in lessons]
     prior = ranker.head.prior.detach().clone()
     of_topics = torch.tensor([name in TOPIC_NAMES for name in ranker.feature_names], device=prior.device)
-
-    def score() -> list[Tensor]:
-        return list(score_corpus(learner, corpus, precision, range(len(corpus))).values())
-
     known, ranker.taste_model = ranker.taste_model, TasteModel.ignorant()
-    with_topics = score()
-    _put(ranker.head.prior, prior.masked_fill(of_topics, 0.0))
-    rest = score()
+    with_topics = list(score_corpus(learner, corpus, precision, range(len(corpus))).values())
+    # The prior is linear, so what it makes of topics is known without scoring everything once more.
+    topics_F = prior.masked_fill(~of_topics, 0.0).cpu().numpy()
+    topics = [torch.from_numpy(corpus.features(index) @ topics_F) for index in range(len(corpus))]
     # 3. How much of each explains best what was shown. What was not is what the logging model thought little of, so it
     #    would speak for the parts that this model was made of.
     labels = corpus.labels(range(len(corpus)))
     before = [of + torch.from_numpy(known.worth_of(one.tastes)) for of, one in zip(with_topics, lessons, strict=True)]
-    told_BN, with_topics_BN, rest_BN, before_BN = (
-        pad_logits(of, labels.real) for of in (tastes, with_topics, rest, before)
+    told_BN, topics_BN, with_topics_BN, before_BN = (
+        pad_logits(of, labels.real) for of in (tastes, topics, with_topics, before)
     )
-    parts = torch.stack([told_BN, with_topics_BN - rest_BN, rest_BN])
+    parts = torch.stack([told_BN, topics_BN, with_topics_BN - topics_BN])
     with torch.no_grad():
         bias = learner.place_bias(labels.shown)
     found = best_factors(
