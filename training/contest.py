@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 from tailrace.settings import Settings
 from training.calibration import fit_platt
 from training.evaluate import Evaluation, evaluate
-from training.examination import fit_examination
+from training.examination import fit_examination, places_seen
 from training.examples import Example
 from training.item_moves import ItemMove, item_moves
-from training.judged_gains import fit_referee, judged_gains, places_seen
+from training.judged_gains import fit_referee, judged_gains
 from training.popularity import count_popularity
 from training.rescoring import BundleScorer, Floats, encode_texts, latency_ratio, score_beside
 

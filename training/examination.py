@@ -48,3 +48,9 @@ def fit_examination(examples: Sequence[Example], num_positions: int) -> Reals:
     steepness = float(_STEEPNESS[int(np.argmax(likelihood_G))])
     result: Reals = np.maximum((np.arange(num_positions) + 1.0) ** -steepness, _LEAST_SEEN)
     return result
+
+
+def places_seen(example: Example, seen_K: Reals) -> Reals:
+    """Returns float64 [num_shown]: the chance that each place was looked at; that of the last for later ones."""
+    result: Reals = seen_K[np.minimum(np.arange(example.num_shown), len(seen_K) - 1)]
+    return result

@@ -28,7 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
-from training.calibration import Flags, fit_platt
+from training.calibration import Flags
+from training.examination import places_seen
 from training.examples import Example
 from training.slate_metrics import Reals, line_up, pooled_ndcgs
 
@@ -76,11 +77,13 @@ def fit_referee(
     other way round.
     """
     finite_I = np.isfinite(champion_I) & np.isfinite(challenger_I)
-    if fit_platt(champion_I[finite_I], clicked_I[finite_I]).slope <= 0:
+    if not finite_I.any():
         return NOTHING_EXPECTED
     scores_I2 = np.stack([champion_I, challenger_I], axis=1)[finite_I].astype(np.float64)
     told = clicked_I[finite_I], np.minimum(seen_I[finite_I], _MOST_SEEN)
     (alone,), alone_intercept = _regress(scores_I2[:, :1], *told)
+    if alone == 0.0:
+        return NOTHING_EXPECTED
     (champion, challenger), intercept = _regress(scores_I2, *told)
     known_from = float(np.quantile(scores_I2[:, 0], _HARDLY_EVER))
     return Referee(champion, challenger, intercept, alone, alone_intercept, known_from)
@@ -145,9 +148,3 @@ def stands_for(example: Example) -> NDArray[np.int64]:
     if logged:
         times_N[example.num_shown :] = max(round((example.num_candidates - example.num_shown) / logged), 1)
     return times_N
-
-
-def places_seen(example: Example, seen_K: Reals) -> Reals:
-    """Returns float64 [num_shown]: the chance that each place was looked at; that of the last for later ones."""
-    result: Reals = seen_K[np.minimum(np.arange(example.num_shown), len(seen_K) - 1)]
-    return result

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from training.dataset import Corpus, Precision
-from training.examples import Example
+from training.examination import places_seen
 from training.head import Head
 from training.learner import Learner
 from training.losses import best_factors
@@ -27,13 +27,13 @@ def scale_to_clicks(
     among = _calibrating(corpus)
     logits = score_corpus(parent, corpus, precision, among)
     labels = corpus.labels(among)
-    bias = [_place_logits(corpus.lessons[index].example, seen_K) for index in among]
+    bias = [torch.from_numpy(np.log(places_seen(corpus.lessons[index].example, seen_K))) for index in among]
     [factor] = best_factors(
         pad_logits([logits[index] for index in among], labels.real).unsqueeze(0),
         labels.gains,
         labels.shown,
         labels.real,
-        pad_logits([torch.from_numpy(of) for of in bias], labels.real),
+        pad_logits(bias, labels.real),
         [(1 / 16, 16.0)],
         unshown_weight=unshown_weight,
     )
@@ -48,7 +48,7 @@ def find_level(learner: Learner, corpus: Corpus, precision: Precision, seen_K: N
     counts = [lesson.example.num_shown for lesson in lessons]
     shown = [logits[index][:count].double().numpy() for index, count in zip(among, counts, strict=True)]
     return level_shift(
-        np.concatenate(shown) + np.concatenate([_place_logits(lesson.example, seen_K) for lesson in lessons]),
+        np.concatenate(shown) + np.log(np.concatenate([places_seen(lesson.example, seen_K) for lesson in lessons])),
         np.concatenate([lesson.example.clicked_N[:count] for lesson, count in zip(lessons, counts, strict=True)]),
         np.repeat([lesson.weight for lesson in lessons], counts),
     )
@@ -88,9 +88,3 @@ def add_level(head: Head, shift: float) -> None:
 
 def _calibrating(corpus: Corpus) -> list[int]:
     return list(range(0, len(corpus), max(len(corpus) // CALIBRATION_LESSONS, 1)))
-
-
-def _place_logits(example: Example, seen_K: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Returns what the places of what was shown add to a click logit; the last of the K stands for those after it."""
-    result: NDArray[np.float64] = np.log(seen_K[np.minimum(np.arange(example.num_shown), len(seen_K) - 1)])
-    return result

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from tailrace.ids import UserId
 from tailrace.tastes import NO_TAG, TasteModel
+from training.examination import places_seen
 from training.examples import Example
 
 Reals = NDArray[np.floating]
@@ -50,7 +51,7 @@ class _Known:
     covariance_CC: Reals
 
 
-def fit_taste_model(examples: Sequence[Example], seen_K: Reals, parent: TasteModel) -> TasteModel | None:
+def fit_taste_model(examples: Sequence[Example], seen_K: NDArray[np.float64], parent: TasteModel) -> TasteModel | None:
     """Returns what is known of tastes after these examples, with a gain of 1.
 
     It goes on from what the parent knows. `seen_K` is the chance that each place of a slate is looked at, the last
@@ -206,9 +207,9 @@ def _choose_users(examples: Sequence[Example]) -> list[list[Example]]:
     return [users[user_id] for user_id in order[: max(room, 1)]]
 
 
-def _gather(examples: Sequence[Example], seen_K: Reals, known_T: NDArray[np.int16]) -> _History:
+def _gather(examples: Sequence[Example], seen_K: NDArray[np.float64], known_T: NDArray[np.int16]) -> _History:
     tags_RK = np.concatenate([one.tastes.tags_NK[: one.num_shown] for one in examples])[-_MOST_SHOWN:]
-    places_R = np.concatenate([np.arange(one.num_shown) for one in examples])[-_MOST_SHOWN:]
+    seen_R = np.concatenate([places_seen(one, seen_K) for one in examples])[-_MOST_SHOWN:]
     clicked_R = np.concatenate([one.clicked_N[: one.num_shown] for one in examples])[-_MOST_SHOWN:]
     # An unknown tag counts among an item's tags, and for nothing else.
     columns_V = np.full(NO_TAG + 1, len(known_T), dtype=np.int64)
@@ -219,7 +220,7 @@ def _gather(examples: Sequence[Example], seen_K: Reals, known_T: NDArray[np.int1
     tags_RC[:, -1] = 1.0
     met_E = np.flatnonzero(tags_RC.any(0))
     # Never sure, so that a click at a place that nobody looks at and a miss at one that all do have a chance.
-    seen_R = np.clip(seen_K[np.minimum(places_R, len(seen_K) - 1)], 1e-3, 1 - 1e-6)
+    seen_R = np.clip(seen_R, 1e-3, 1 - 1e-6)
     return _History(met_E, tags_RC[:, met_E], clicked_R, seen_R, np.zeros(len(met_E)))
 
 
