@@ -193,7 +193,7 @@ class TrainingSettings(_Section, frozen=True, kw_only=True):
         int, _doc("upper BERT layers that learn; none lies below the split; 0: the head alone")
     ] = 0
     lora_rank: Annotated[int, _doc("0: the layers themselves learn; above: low-rank adapters of that rank do")] = 0
-    precision: Annotated[Literal["auto", "bf16", "fp32"], _doc("auto: bf16 where the processor has it")] = "auto"
+    precision: Annotated[Literal["auto", "bf16", "fp32"], _doc("auto: bf16 where it is faster")] = "auto"
     device: Annotated[Literal["cpu", "cuda"], _doc("where training runs")] = "cpu"
     threads: Annotated[Positive, _doc("CPU threads of a round")] = 2
     workers: Annotated[

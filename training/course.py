@@ -17,10 +17,11 @@ from tailrace.errors import TrainingDiverged
 from tailrace.settings import TrainingSettings
 from training.batches import Labels
 from training.checkpoints import EpochRecord, Standing, load_checkpoint, save_checkpoint
-from training.dataset import Corpus, Precision
+from training.dataset import Corpus
 from training.learner import Learner
 from training.lessons import plan_batches
 from training.losses import anchor_loss, listwise_loss, parent_loss, pointwise_loss, rating_loss
+from training.precision import Precision
 from training.stop_slice import StopSlice, pad_logits
 from training.trackers import Facts, Trackers, open_trackers
 

@@ -10,7 +10,6 @@ Shapes: E examples, B of them in a batch, N candidates, U user tokens, T states 
 
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import fields
 from typing import NamedTuple, TypeVar
 
@@ -25,13 +24,13 @@ from training.batches import Batch, Labels
 from training.examples import Example
 from training.lessons import Lesson
 from training.model import SplitRanker, masked_mean
+from training.precision import Precision
 from training.team import ALONE, Team
 
 KEPT_BYTES = 3 * 2**30  # states kept between epochs; what does not fit is computed again when its turn comes
 EXAMPLES_PER_PASS = 32  # about a thousand states: enough to keep the products busy, few enough for a core's cache
 _BYTES_PER_NUMBER = 2
 
-Precision = Callable[[], AbstractContextManager[object]]
 Done = Callable[[int, int], None]  # examples read, examples in all
 Tensors = TypeVar("Tensors", "Batch", "Labels")
 

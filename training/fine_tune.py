@@ -8,7 +8,7 @@ import copy
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from tailrace.settings import TrainingSettings
 from training.checkpoints import EpochRecord
 from training.chosen_weights import choose_weights
 from training.course import Course
-from training.dataset import Corpus, Precision
+from training.dataset import Corpus
 from training.examination import fit_examination
 from training.examples import Example
 from training.export import Progress
@@ -38,6 +38,7 @@ from training.learner import (
 from training.lessons import Lesson, choose_lessons
 from training.logit_scale import add_level, find_level, scale_to_clicks
 from training.model import SplitRanker
+from training.precision import choose_precision
 from training.stop_slice import StopSlice, score_corpus
 from training.team import ALONE, Team
 from training.trackers import Facts
@@ -110,8 +111,8 @@ def fine_tune(
     started = time.perf_counter()
     announce = progress if progress and team.leads else (lambda step, done, total: None)
     device = torch.device(settings.device)
-    precision_name, precision = choose_precision(settings)
     with _torch_for(settings):
+        precision_name, precision = choose_precision(settings)
         # 1. What is learned from, and in which units.
         lessons = choose_lessons(train, replay, silent_share=settings.silent_share, seed=settings.seed)
         if not lessons:
@@ -212,22 +213,6 @@ def fine_tune(
         impressions_per_s=len(standing.history) * len(lessons) / took_s,
         resumed=course.resumed,
     )
-
-
-def choose_precision(settings: TrainingSettings) -> tuple[str, Precision]:
-    """Returns the precision to work in, bf16 or fp32, and what turns it on: automatic mixed precision, or nothing."""
-    name = settings.precision
-    if name == "auto":
-        name = "bf16" if _has_bf16(settings.device) else "fp32"
-    if name == "fp32":
-        return name, nullcontext
-    return name, partial(torch.autocast, settings.device, dtype=torch.bfloat16)
-
-
-def _has_bf16(device: str) -> bool:
-    if device == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(torch.cpu._is_avx512_bf16_supported())
 
 
 @contextmanager

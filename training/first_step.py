@@ -19,11 +19,12 @@ from torch import Tensor
 
 from tailrace.responses import TOPIC_NAMES
 from tailrace.tastes import TasteModel
-from training.dataset import Corpus, Precision
+from training.dataset import Corpus
 from training.examples import Example
 from training.learner import Learner
 from training.logit_scale import scale_clicks
 from training.losses import best_factors
+from training.precision import Precision
 from training.stop_slice import pad_logits, score_corpus
 from training.taste_model import fit_taste_model
 

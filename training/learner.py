@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from training.batches import Batch
 from training.bert import BertLayer
-from training.dataset import Precision
 from training.head import Head
 from training.lora import LowRank, adapt_layers
 from training.model import SplitRanker
+from training.precision import Precision
 
 _FLAT = 1e-3  # a feature that varies less than this says nothing yet: its unit stays 1
 

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from training.dataset import Corpus, Precision
+from training.dataset import Corpus
 from training.examination import places_seen
 from training.head import Head
 from training.learner import Learner
 from training.losses import best_factors
 from training.model import SplitRanker
+from training.precision import Precision
 from training.stop_slice import pad_logits, score_corpus
 
 CALIBRATION_LESSONS = 1000  # enough to find the scale and the level of the logits

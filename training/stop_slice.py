@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from training.dataset import Corpus, Precision
+from training.dataset import Corpus
 from training.learner import Learner
 from training.losses import listwise_loss, ndcg
+from training.precision import Precision
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,13 @@ from tests.bench.ranker import ITEM_TEXT, ITEM_TOKENS, USER_TEXT, USER_TOKENS, P
 from tests.bench.report import Row
 from training.bert import PACKAGED, load_base
 from training.course import compute_losses, make_optimizer, score_batch
-from training.dataset import Corpus, Precision
+from training.dataset import Corpus
 from training.examples import Example
 from training.learner import Learner
 from training.lessons import Lesson
 from training.losses import listwise_loss
 from training.model import SplitRanker
+from training.precision import Precision
 
 NUM_IMPRESSIONS = 48
 NUM_CANDIDATES = 13
