@@ -36,6 +36,7 @@ from training.slate_metrics import Reals, line_up, pooled_ndcgs
 Scores = Sequence[NDArray[np.floating]]
 
 _RIDGE = 1e-6  # only so that clicks which the scores tell apart for sure leave an answer
+_DOUBT = 1e-4  # the same of a challenger: where both say one thing of what was shown, the champion is believed
 _MOST_SEEN = 1 - 1e-6  # never for sure: a miss at a place that all look at has a chance
 _HARDLY_EVER = 0.01  # of what was shown, the part that the champion thought least of
 
@@ -72,7 +73,8 @@ def fit_referee(
 ) -> Referee:
     """Returns what explains the clicks on shown items best, by logistic regression with weights of 0 or more.
 
-    `seen_I` is the chance that an item's place was looked at, relative to the first. Where the champion's scores say
+    `seen_I` is the chance that an item's place was looked at, relative to the first. Where both say the same of what
+    was shown, nothing tells which is right elsewhere, and the champion is believed. Where the champion's scores say
     nothing of clicks, by themselves, nothing is expected of what was not shown: it would speak for whoever ranks the
     other way round.
     """
@@ -81,19 +83,22 @@ def fit_referee(
         return NOTHING_EXPECTED
     scores_I2 = np.stack([champion_I, challenger_I], axis=1)[finite_I].astype(np.float64)
     told = clicked_I[finite_I], np.minimum(seen_I[finite_I], _MOST_SEEN)
-    (alone,), alone_intercept = _regress(scores_I2[:, :1], *told)
+    (alone,), alone_intercept = _regress(scores_I2[:, :1], *told, ridge_M=[_RIDGE])
     if alone == 0.0:
         return NOTHING_EXPECTED
-    (champion, challenger), intercept = _regress(scores_I2, *told)
+    (champion, challenger), intercept = _regress(scores_I2, *told, ridge_M=[_RIDGE, _DOUBT])
     known_from = float(np.quantile(scores_I2[:, 0], _HARDLY_EVER))
     return Referee(champion, challenger, intercept, alone, alone_intercept, known_from)
 
 
-def _regress(scores_IM: Reals, clicked_I: Flags, seen_I: Reals) -> tuple[list[float], float]:
+def _regress(
+    scores_IM: Reals, clicked_I: Flags, seen_I: Reals, *, ridge_M: Sequence[float]
+) -> tuple[list[float], float]:
     """Returns the likeliest weights of M scores, each 0 or more, and the intercept, of the logit of a click if seen."""
     centre_M, spread_M = scores_IM.mean(0), scores_IM.std(0)
     spread_M = np.where(spread_M < 1e-9, np.inf, spread_M)  # scores that do not differ are worth nothing
     inputs_IX = np.column_stack([(scores_IM - centre_M) / spread_M, np.ones(len(scores_IM))])
+    ridge_X = np.array([*ridge_M, _RIDGE])
 
     def loss(weights_X: Reals) -> tuple[float, Reals]:
         chances_I = 1 / (1 + np.exp(-np.clip(inputs_IX @ weights_X, -30.0, 30.0)))
@@ -101,8 +106,8 @@ def _regress(scores_IM: Reals, clicked_I: Flags, seen_I: Reals) -> tuple[list[fl
         missed_I = seen_clicks_I * (1 - chances_I) / (1 - seen_clicks_I)
         slopes_I = np.where(clicked_I, 1 - chances_I, -missed_I)
         likelihood = np.log(np.where(clicked_I, seen_clicks_I, 1 - seen_clicks_I)).mean()
-        found = _RIDGE * weights_X @ weights_X / 2 - likelihood
-        return float(found), _RIDGE * weights_X - slopes_I @ inputs_IX / len(clicked_I)
+        found = weights_X @ (ridge_X * weights_X) / 2 - likelihood
+        return float(found), ridge_X * weights_X - slopes_I @ inputs_IX / len(clicked_I)
 
     models = scores_IM.shape[1]
     bounds = [*[(0, None)] * models, (None, None)]

@@ -48,6 +48,9 @@ def test_a_referee_believes_nobody_who_was_wrong() -> None:
     assert fit_referee(champion_I, other_I, clicked_I, seen_I).challenger == 0.0
     assert fit_referee(champion_I, np.zeros(2000), clicked_I, seen_I).challenger == 0.0
     assert fit_referee(champion_I, np.full(2000, math.nan), clicked_I, seen_I) == NOTHING_EXPECTED
+    # Nor a challenger who says what the champion says: what it would say elsewhere was never held against anything.
+    same = fit_referee(champion_I, champion_I, clicked_I, seen_I)
+    assert same.challenger < 0.02 * same.champion
     # Who ranks the other way round than a champion whose scores run against the clicks gets nothing for it.
     assert fit_referee(-champion_I, champion_I, clicked_I, seen_I) == NOTHING_EXPECTED
 
