@@ -33,7 +33,7 @@ from tests.servers import free_port
 
 _DAYS = 5
 _HABITS = Habits(visits_a_day=2000, control_every=0)
-_CANDIDATES = 40  # the town is only to be lived through; 200 would take minutes more and log the same 13 a slate
+_CANDIDATES = 40  # the town is only to be lived through; 200 would take minutes more and log the same 18 a slate
 _PATIENCE_S = 600.0
 
 
