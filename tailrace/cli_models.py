@@ -14,6 +14,7 @@ from tailrace.model_card import takes_our_input
 from tailrace.registry import Registry, announce, new_version, open_registry
 from tailrace.terminal import print_json, show_models
 
+_OUTDATED = "was made for other features or text than this program makes"
 _MANNER = {"rollback": " everyone again", "pin": ", pinned", "unpin": ", no longer pinned"}
 
 
@@ -57,6 +58,7 @@ def show_model(session: Session, version: str | None) -> None:
 def promote_model(session: Session, version: str, share: float | None) -> None:
     """Make VERSION serve: move the pointer and announce it. Replicas swap in place."""
     registry, chosen = open_registry(session.settings), ModelVersion(version)
+    _require_ours(registry, chosen)
     _tell(session, registry.promote(chosen) if share is None else registry.start_canary(chosen, share))
 
 
@@ -64,7 +66,11 @@ def promote_model(session: Session, version: str, share: float | None) -> None:
 @click.pass_obj
 def rollback_model(session: Session) -> None:
     """End the canary; where none runs, make the champion before the present one serve again."""
-    _tell(session, open_registry(session.settings).rollback())
+    registry = open_registry(session.settings)
+    pointer = registry.pointer()
+    if pointer is not None and pointer.canary is None and pointer.history:
+        _require_ours(registry, pointer.history[-1])
+    _tell(session, registry.rollback(generation=None if pointer is None else pointer.generation))
 
 
 @models.command("pin")
@@ -73,7 +79,9 @@ def rollback_model(session: Session) -> None:
 def pin_model(session: Session, version: str | None) -> None:
     """Make VERSION (default: the champion) serve, and refuse promotions and canaries until it is unpinned."""
     registry = open_registry(session.settings)
-    _tell(session, registry.pin(_version_or_champion(registry, version)))
+    chosen = _version_or_champion(registry, version)
+    _require_ours(registry, chosen)
+    _tell(session, registry.pin(chosen))
 
 
 @models.command("unpin")
@@ -107,7 +115,7 @@ def init_models(session: Session) -> None:
         if takes_our_input(registry.manifest(pointer.champion).model):
             click.echo(f"{pointer.champion} serves already")
             return
-        outdated = f"{pointer.champion} was made for other features or text than this program makes"
+        outdated = f"{pointer.champion} {_OUTDATED}"
         if pointer.pinned:
             raise Pinned(f"{outdated}, but is pinned: `tailrace models unpin` lets a new version 0 take its place")
         click.echo(f"{outdated}: starting anew")
@@ -140,6 +148,12 @@ def _version_or_champion(registry: Registry, version: str | None) -> ModelVersio
     if pointer is None:
         raise BundleError(f"no model serves from {registry.url}: `tailrace models init` makes the first")
     return pointer.champion
+
+
+def _require_ours(registry: Registry, version: ModelVersion) -> None:
+    """Raises BundleError where every replica would refuse the version, and serve on what it has."""
+    if not takes_our_input(registry.manifest(version).model):
+        raise BundleError(f"{version} {_OUTDATED}: no replica could serve it")
 
 
 def _tell(session: Session, announcement: ModelAnnouncement) -> None:

@@ -248,6 +248,10 @@ def test_models_init_replaces_a_champion_made_for_other_features(settings_file: 
     pointer = registry.pointer()
     assert pointer is not None and pointer.champion != "v1" and pointer.history == ["v1"]
     assert "serves already" in run("models", "init", settings=settings_file).stdout
+    # Nor does it come back: replicas would refuse it one by one, and serve on.
+    for back in (["rollback"], ["promote", "v1"], ["promote", "v1", "--share", "0.5"], ["pin", "v1"]):
+        said_no(run("models", *back, settings=settings_file), "v1 was made for other features", "no replica")
+    assert registry.pointer() == pointer
 
 
 # -- being stopped -------------------------------------------------------------------------------------------------
