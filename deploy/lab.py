@@ -5,6 +5,7 @@ is in memory, and a promoted model is loaded without Ray. Clicks are worth what 
 compared without the noise of who happened to click; `control` is version 0 on the same visits, never retrained.
 """
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -101,7 +102,11 @@ def run_lab(
     progress: Progress,
     tell: Callable[[str], None],
 ) -> LabRun:
-    """Returns what `days` simulated days came to, with a round after each but the last. It writes to `folder`."""
+    """Returns what `days` simulated days came to, with a round after each but the last.
+
+    It writes to `folder`, which is emptied first: a champion of an earlier run has learned this very world.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
     settings = replace(
         settings,
         data_dir=str(folder),
@@ -113,8 +118,7 @@ def run_lab(
     )
     # 1. Version 0, which is also the control.
     registry = open_registry(settings)
-    if registry.pointer() is None:
-        _publish_first(registry, folder / "v0", settings, progress)
+    _publish_first(registry, folder / "v0", settings, progress)
     town = Town(items, habits, settings, seed)
     now_ms = FIRST_MS
     control = LoadedModel.load(registry.fetch(_FIRST, folder), _FIRST, settings)

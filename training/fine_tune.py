@@ -17,6 +17,7 @@ from typing import Protocol
 import msgspec
 import numpy as np
 import torch
+from msgspec.structs import replace
 from tokenizers import Tokenizer
 
 from tailrace.settings import TrainingSettings
@@ -38,7 +39,7 @@ from training.learner import (
 from training.lessons import Lesson, choose_lessons
 from training.logit_scale import add_level, find_level, scale_to_clicks
 from training.model import SplitRanker
-from training.precision import choose_precision
+from training.precision import choose_precision, precision_of
 from training.stop_slice import StopSlice, score_corpus
 from training.team import ALONE, Team
 from training.trackers import Facts
@@ -112,7 +113,9 @@ def fine_tune(
     announce = progress if progress and team.leads else (lambda step, done, total: None)
     device = torch.device(settings.device)
     with _torch_for(settings):
-        precision_name, precision = choose_precision(settings)
+        # Once for all: a team works in one precision, and a checkpoint is of one.
+        precision_name = choose_precision(settings, team)
+        settings, precision = replace(settings, precision=precision_name), precision_of(precision_name, settings.device)
         # 1. What is learned from, and in which units.
         lessons = choose_lessons(train, replay, silent_share=settings.silent_share, seed=settings.seed)
         if not lessons:

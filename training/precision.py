@@ -4,10 +4,12 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
+from typing import Literal
 
 import torch
 
 from tailrace.settings import TrainingSettings
+from training.team import ALONE, Team
 
 Precision = Callable[[], AbstractContextManager[object]]
 
@@ -16,20 +18,25 @@ _TRIES = 3
 _WORTH_IT = 0.8  # of the time in float32: a tie is decided the same way every time
 
 
-def choose_precision(settings: TrainingSettings) -> tuple[str, Precision]:
-    """Returns the precision to work in, bf16 or fp32, and what turns it on: automatic mixed precision, or nothing."""
-    name = settings.precision
-    if name == "auto":
-        name = "bf16" if _bf16_pays(settings.device) else "fp32"
-    if name == "fp32":
-        return name, nullcontext
-    return name, partial(torch.autocast, settings.device, dtype=torch.bfloat16)
+def choose_precision(settings: TrainingSettings, team: Team = ALONE) -> Literal["bf16", "fp32"]:
+    """Returns the precision to work in; of a team all get what the first would choose."""
+    if settings.precision != "auto":
+        return settings.precision
+    pays = torch.tensor(float(_bf16_pays(settings.device)), device=settings.device)
+    return "bf16" if team.as_leader(pays) else "fp32"
+
+
+def precision_of(name: Literal["bf16", "fp32"], device: str) -> Precision:
+    """Returns what turns a precision on: automatic mixed precision, or nothing."""
+    return nullcontext if name == "fp32" else partial(torch.autocast, device, dtype=torch.bfloat16)
 
 
 @cache
 def _bf16_pays(device: str) -> bool:
-    """Whether products are faster in bf16. A processor's flags do not tell: a Xeon with AVX-512 BF16 but without AMX
-    takes twice as long over them as in float32, one with AMX a fraction of it.
+    """Whether products are faster in bf16, as they are on every card that has it.
+
+    A processor's flags do not tell: a Xeon with AVX-512 BF16 but without AMX takes twice as long over them as in
+    float32, one with AMX a third.
     """
     if device == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))

@@ -8,12 +8,13 @@ from msgspec.structs import replace
 
 from deploy.demo import load_books
 from deploy.history import live_past
-from deploy.lab import run_lab
+from deploy.lab import LabRun, run_lab
 from deploy.simulated_days import DAY_MS, Habits
 from services.loaded_model import LoadedModel
 from tailrace.events import Click, Impression, Rating
 from tailrace.features import FEATURE_NAMES, PRIOR_WEIGHTS, decode_features, prior_scores
 from tailrace.ids import ModelVersion
+from tailrace.registry import Registry
 from tailrace.settings import Settings, load_settings
 from training.export import build_version_zero
 
@@ -54,6 +55,32 @@ def test_lab_lives_its_days_with_a_round_between_them_and_knows_what_each_arm_wa
         assert len(day.paired) == HABITS.visits_a_day // HABITS.control_every
     # On the first day version 0 serves, and control is the same version: all that sets them apart is exploration.
     assert run.days[0].version == "v0" and len(told) == 3
+
+
+def test_lab_begins_with_version_0_whatever_an_earlier_run_has_left(settings: Settings, tmp_path: Path) -> None:
+    folder, habits = tmp_path / "lab", Habits(readers=12, visits_a_day=2)
+
+    def run() -> LabRun:
+        return run_lab(
+            folder,
+            load_books(),
+            habits,
+            settings,
+            days=1,
+            seed=0,
+            progress=lambda step, done, total: None,
+            tell=lambda line: None,
+        )
+
+    first = run()
+    registry = Registry(str(folder / "registry"))
+    registry.export(ModelVersion("v0"), tmp_path / "v0")
+    registry.publish(tmp_path / "v0", version=ModelVersion("v9"))
+    registry.promote(ModelVersion("v9"))
+    again = run()
+    pointer = registry.pointer()
+    assert pointer is not None and pointer.champion == "v0" and registry.versions() == ["v0"]
+    assert [day.arms for day in again.days] == [day.arms for day in first.days]
 
 
 def test_past_ends_now_and_quotes_the_requests_that_it_answers(settings: Settings, tmp_path: Path) -> None:

@@ -1,20 +1,23 @@
 """Which numbers a fine-tune works in."""
 
 from collections.abc import Iterator
+from typing import Literal
 
 import pytest
 import torch
 
 from tailrace.settings import TrainingSettings
 from training import precision
-from training.precision import choose_precision
+from training.precision import choose_precision, precision_of
+from training.team import Team
 
 
 @pytest.fixture(autouse=True)
 def never_asked() -> Iterator[None]:
-    precision._bf16_pays.cache_clear()
+    asked = precision._bf16_pays
+    asked.cache_clear()
     yield
-    precision._bf16_pays.cache_clear()
+    asked.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -33,15 +36,22 @@ def test_auto_is_bf16_where_the_processor_has_it_and_is_faster_with_it(
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_it)
     monkeypatch.setattr(torch.nn.functional, "linear", multiply)
     monkeypatch.setattr(precision.time, "perf_counter", lambda: now)
-    assert choose_precision(TrainingSettings())[0] == expected
+    assert choose_precision(TrainingSettings()) == expected
 
 
 @pytest.mark.parametrize(("name", "found"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
-def test_a_precision_that_is_asked_for_is_taken_and_is_what_products_come_in(name: str, found: torch.dtype) -> None:
-    chosen, precise = choose_precision(TrainingSettings(precision=name))
-    assert chosen == name
-    with precise():
+def test_a_precision_that_is_asked_for_is_taken_and_is_what_products_come_in(
+    name: Literal["bf16", "fp32"], found: torch.dtype
+) -> None:
+    assert choose_precision(TrainingSettings(precision=name)) == name
+    with precision_of(name, "cpu")():
         assert torch.nn.functional.linear(torch.ones(2, 3), torch.ones(4, 3)).dtype == found
+
+
+def test_a_team_works_in_what_its_first_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "_bf16_pays", lambda device: False)
+    monkeypatch.setattr(Team, "as_leader", lambda self, tensor: torch.ones_like(tensor))
+    assert choose_precision(TrainingSettings(), Team(rank=1, size=2)) == "bf16"
 
 
 def test_asking_draws_no_random_number() -> None:
