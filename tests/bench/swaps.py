@@ -32,6 +32,7 @@ from tests.bench.report import Row
 from tests.servers import free_port
 
 SWAPS = 20
+REPLICAS = 2
 _RATE = 10  # requests per second
 _AFTER_S = 0.6  # requests sent up to this long after a swap are held against the others
 _QUIET_S = 1.2  # what they are held against, before the next swap
@@ -69,7 +70,11 @@ def bench_swaps(console: Console, swaps: int = SWAPS) -> list[Row]:
     """Returns what `swaps` swaps of the champion cost a fresh system with the bundled catalogue, under load."""
     with tempfile.TemporaryDirectory(prefix="tailrace-bench-") as folder:
         settings = load_settings(
-            None, data_dir=folder, gateway={"port": free_port()}, stream={"metrics_port": free_port()}
+            None,
+            data_dir=folder,
+            gateway={"port": free_port()},
+            stream={"metrics_port": free_port()},
+            ranker={"min_replicas": REPLICAS, "max_replicas": REPLICAS},
         )
         with local_system(settings, lambda line: console.print(f"[dim]{line}[/]")) as running:
             producer = open_producer(running.kafka, linger_ms=0)
@@ -165,7 +170,7 @@ async def _watch(client: httpx.AsyncClient, replicas: _Replicas, done: asyncio.E
         with contextlib.suppress(httpx.HTTPError):  # nobody's request: the next look will tell
             found = (await client.get("/v1/models")).json()["replicas"]
         versions = {replica["serving"] for replica in found}
-        if len(versions) == 1 and replicas.serving not in versions:
+        if len(found) == REPLICAS and len(versions) == 1 and replicas.serving not in versions:
             replicas.serving = str(versions.pop())
             replicas.changed.set()
         await asyncio.sleep(_LOOK_S)
@@ -200,7 +205,7 @@ def _rows(answers: Sequence[_Answer], made: Sequence[_Swap]) -> list[Row]:
     p99_near, p99_quiet = (float(np.percentile(np.concatenate(found), 99)) for found in (near, quiet))
     low, high = np.quantile(_drawn_differences(near, quiet), [0.025, 0.975])
     took_s = np.array([swap.flipped_at - swap.told_at for swap in made])
-    count = f"{len(made)} swaps at {_RATE} requests per second"
+    count = f"{len(made)} swaps of {REPLICAS} replicas at {_RATE} requests per second"
     of_near, of_quiet = (sum(map(len, found)) for found in (near, quiet))
     return [
         {"name": f"{count}, failed requests of {len(inside)}", "value": float(failed), "unit": ""},

@@ -23,7 +23,7 @@ NUM_BOOKS = 200
 
 @pytest.fixture(scope="package")
 def scene(kafka: LocalKafka, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    """A service that is ready, on the version `v1`; `v2` is published but not promoted."""
+    """A service that is ready, on the version `v1`, with two rankers; `v2` is published but not promoted."""
     folder = tmp_path_factory.mktemp("service")
     settings = load_settings(
         None,
@@ -32,7 +32,7 @@ def scene(kafka: LocalKafka, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         log_level="warning",
         kafka={"bootstrap_servers": kafka.bootstrap_servers, "topic_prefix": "e2e-", "user_partitions": 2},
         gateway={"port": free_port(), "max_ongoing_requests": 8, "max_queued_requests": 8},
-        ranker={"deadline_s": 5.0},
+        ranker={"deadline_s": 5.0, "min_replicas": 2, "max_replicas": 2},
         stream={"stats_interval_s": 0.2, "metrics_port": 0},
         store={"sync": False},
     )
@@ -48,7 +48,7 @@ def scene(kafka: LocalKafka, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             found = Scene(settings, client, registry, folder / "bundle", worker)
             found.produce_items([book(number) for number in range(NUM_BOOKS)])
             until(lambda: client.get("/readyz"), lambda response: response.status_code == 200, timeout_s=60)
-            until(lambda: found.statuses()[0]["items"], lambda items: items == NUM_BOOKS, timeout_s=60)
+            until(lambda: found.everywhere("items"), lambda items: items == NUM_BOOKS, timeout_s=60)
             yield found
         stop_serving()
     worker.stop()

@@ -85,6 +85,12 @@ class Scene:
         found: list[dict[str, Any]] = self.client.get("/v1/models").json()["replicas"]
         return found
 
+    def everywhere(self, name: str) -> Any:
+        """Returns what every replica says under a name of its status, or None where they differ or one is missing."""
+        found = [status[name] for status in self.statuses()]
+        agreed = len(found) == self.settings.ranker.min_replicas and all(one == found[0] for one in found)
+        return found[0] if agreed else None
+
     def produce_items(self, items: Sequence[Item]) -> None:
         """Returns once the broker has the items."""
         producer = open_producer(self.settings.kafka)

@@ -94,9 +94,9 @@ def test_forgotten_user_is_unknown(scene: Scene) -> None:
 
 
 def test_swap_in_place_fails_no_request_and_no_answer_after_it_is_old(scene: Scene) -> None:
-    serving = scene.statuses()[0]["serving"]
+    serving = scene.everywhere("serving")
     other = ModelVersion("v2" if serving == "v1" else "v1")
-    swaps = scene.statuses()[0]["swaps"]
+    swaps = {status["replica"]: status["swaps"] for status in scene.statuses()}
     answers: list[tuple[float, int, str, str]] = []  # sent at, status, version, rung
 
     async def ask_until(client: httpx.AsyncClient, done: asyncio.Event) -> None:
@@ -117,7 +117,7 @@ def test_swap_in_place_fails_no_request_and_no_answer_after_it_is_old(scene: Sce
             asking = [asyncio.create_task(ask_until(client, done)) for _ in range(2)]
             await wait_for(10, serving)
             await asyncio.to_thread(announce, scene.settings.kafka, scene.registry.promote(other))
-            await asyncio.to_thread(until, scene.statuses, lambda found: found[0]["serving"] == other, 60.0)
+            await asyncio.to_thread(until, lambda: scene.everywhere("serving"), lambda found: found == other, 60.0)
             flipped_at = time.monotonic()
             await wait_for(10, other)
             done.set()
@@ -128,7 +128,7 @@ def test_swap_in_place_fails_no_request_and_no_answer_after_it_is_old(scene: Sce
     assert {(status, rung) for _, status, _, rung in answers} == {(200, "none")}
     assert {version for _, _, version, _ in answers} == {serving, other}
     assert {version for sent_at, _, version, _ in answers if sent_at > flipped_at} == {other}
-    assert scene.statuses()[0]["swaps"] == swaps + 1
+    assert {status["replica"]: status["swaps"] - 1 for status in scene.statuses()} == swaps
 
 
 def test_overload_is_answered_429_with_retry_after_and_does_not_pile_up(scene: Scene) -> None:
@@ -163,10 +163,11 @@ def test_damaged_bundle_leaves_the_running_model_and_says_so(scene: Scene, tmp_p
     data = bytearray(damaged.read_bytes())
     data[len(data) // 2] ^= 1
     damaged.write_bytes(data)
-    serving = scene.statuses()[0]["serving"]
+    serving = scene.everywhere("serving")
     announce(scene.settings.kafka, announcement)
-    status = until(lambda: scene.statuses()[0], lambda found: version in found["refused"])
-    assert status["serving"] == serving and "scorer.onnx" in status["refused"][version]
+    found = until(scene.statuses, lambda found: all(version in status["refused"] for status in found))
+    assert all("scorer.onnx" in status["refused"][version] for status in found)
+    assert scene.everywhere("serving") == serving
     assert scene.recommend(new_user(), dry_run=True)["model_version"] == serving
     announce(scene.settings.kafka, scene.registry.rollback())
 
@@ -175,8 +176,9 @@ def test_damaged_bundle_leaves_the_running_model_and_says_so(scene: Scene, tmp_p
 def test_ranker_killed_during_a_swap_fails_no_request_and_comes_back_on_the_new_version(
     scene: Scene, side: str
 ) -> None:
-    before = scene.statuses()[0]
-    old, other = before["serving"], ModelVersion("v2" if before["serving"] == "v1" else "v1")
+    before = {status["replica"] for status in scene.statuses()}
+    old = scene.everywhere("serving")
+    other = ModelVersion("v2" if old == "v1" else "v1")
     answers: list[dict[str, Any]] = []
     done = threading.Event()
 
@@ -190,18 +192,20 @@ def test_ranker_killed_during_a_swap_fails_no_request_and_comes_back_on_the_new_
             announce(scene.settings.kafka, scene.registry.promote(other))
             # Loading aside takes about a second, in which the old one serves.
             until(
-                lambda: scene.statuses()[0],
-                lambda now: now["serving"] == other or (side == "before the flip" and now["loading"] == other),
+                scene.statuses,
+                lambda found: any(
+                    now["serving"] == other or (side == "before the flip" and now["loading"] == other) for now in found
+                ),
                 timeout_s=60,
             )
             kill_replicas("ranker")
-            [back] = until(
-                lambda: [found for found in scene.statuses() if found["replica"] != before["replica"]],
-                bool,
+            back = until(
+                lambda: [found for found in scene.statuses() if found["replica"] not in before],
+                lambda found: len(found) == len(before),
                 timeout_s=60,
             )
             # What died before the flip has not half-flipped: its successor follows the pointer, and nothing else.
-            assert back["serving"] == other and not back["refused"]
+            assert all(one["serving"] == other and not one["refused"] for one in back)
             until(lambda: answers[-1], lambda last: last["degraded"] == "none" and last["model_version"] == other, 60)
         finally:
             done.set()

@@ -82,8 +82,8 @@ def test_clicks_become_a_challenger_that_serves_its_share_without_a_restart(scen
         assert record.outcome == "canary", record.reason
         with pytest.raises(RoundRunning, match="already"):
             train_once(settings)
-        status = until(lambda: scene.statuses()[0], lambda found: found["canary"] == record.version, timeout_s=60)
-        assert status["serving"] == record.parent
+        until(lambda: scene.everywhere("canary"), lambda canary: canary == record.version, timeout_s=60)
+        assert scene.everywhere("serving") == record.parent
         versions = {scene.recommend(new_user(), dry_run=True)["model_version"] for _ in range(30)}
         assert versions == {record.version, record.parent}
     finally:
@@ -91,7 +91,7 @@ def test_clicks_become_a_challenger_that_serves_its_share_without_a_restart(scen
         job.join(60)
     assert open_round_log(settings).newest(1) == [record]
     scene.registry.rollback()
-    until(lambda: scene.statuses()[0], lambda found: found["canary"] is None, timeout_s=60)
+    until(scene.statuses, lambda found: all(one["canary"] is None for one in found), timeout_s=60)
 
 
 def test_round_with_too_little_feedback_changes_nothing_and_says_so(scene: Scene) -> None:
