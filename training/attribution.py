@@ -130,8 +130,9 @@ def _contains(ordered: Hashes, values: Hashes) -> NDArray[np.bool_]:
 class Attribution(NamedTuple):
     """What became of the feedback.
 
-    `labels` has a row per request and index that got any: `gain` (0 or more), `clicked`, `stars` (NaN: not rated).
-    It is sorted by request. `counts` is named as in `training.examples.JoinCounts`.
+    `labels` has a row per request and index that got any: `gain` (0 or more), `clicked`, `stars` (NaN: not rated) and
+    `delay_s`, the seconds from showing to the first positive (NaN: none). It is sorted by request. `counts` is named as
+    in `training.examples.JoinCounts`.
     """
 
     labels: pd.DataFrame
@@ -190,7 +191,7 @@ def attribute(
     counts |= {"by_item": len(found), "orphans": int((~known).sum()) + len(by_item) - len(found)}
 
     # 4. What it all says of each shown item.
-    columns = ["request", "index", "kind", "at_ms", "event", "gain", "dwell_gain", "stars"]
+    columns = ["request", "index", "kind", "at_ms", "event", "gain", "dwell_gain", "stars", "shown_ms"]
     assigned = pd.concat([joined[columns], found[columns]]).astype({"request": "uint64", "index": "int64"})
     labels, actions = _labels(assigned)
     return Attribution(labels, counts | {"repeated_actions": len(assigned) - actions})
@@ -210,4 +211,7 @@ def _labels(assigned: pd.DataFrame) -> tuple[pd.DataFrame, int]:
     labels = once.assign(clicked=once["gain"] > 0).groupby(where).agg({"gain": "sum", "clicked": "any", "stars": "max"})
     labels["gain"] += assigned.groupby(where)["dwell_gain"].max()
     labels["gain"] = labels["gain"].clip(lower=0.0)
+    # Clocks differ, so what happened before it could is taken to have happened at once.
+    delay_s = ((assigned["at_ms"] - assigned["shown_ms"]) / 1000).clip(lower=0.0)
+    labels["delay_s"] = assigned.assign(delay_s=delay_s)[assigned["gain"] > 0].groupby(where)["delay_s"].min()
     return labels.reset_index(), len(once)

@@ -32,4 +32,5 @@ class Labels:
     clicked: Tensor  # bool [B,N]
     ratings: Tensor  # float32 [B,N], NaN where not rated
     weights: Tensor  # float32 [B]
+    arrived: Tensor  # float32 [B]: the share of their clicks that had come
     replayed: Tensor  # bool [B]

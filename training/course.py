@@ -193,7 +193,9 @@ def compute_losses(scores: Scores, labels: Labels, parents: Tensor, settings: Tr
         "listwise": listwise_loss(
             as_seen, labels.gains, labels.shown, labels.real, unshown_weight=settings.unshown_weight
         ),
-        "pointwise": pointwise_loss(as_seen, labels.clicked, labels.shown, labels.weights),
+        "pointwise": pointwise_loss(
+            as_seen + labels.arrived.log().unsqueeze(1), labels.clicked, labels.shown, labels.weights
+        ),
         "rating": rating_loss(scores.ratings, labels.ratings),
         "parent": parent_loss(scores.logits, parents, labels.real, labels.replayed),
     }

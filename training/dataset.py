@@ -185,6 +185,7 @@ class Corpus:
                 clicked=_pad([one.clicked_N for one in examples], False),
                 ratings=_pad([one.ratings_N for one in examples], float("nan")),
                 weights=torch.tensor([lesson.weight for lesson in lessons]),
+                arrived=torch.tensor([one.arrived for one in examples]),
                 replayed=torch.tensor([lesson.replayed for lesson in lessons]),
             )
         )

@@ -1,8 +1,9 @@
 """What training learns from: impressions joined with what became of them. Pure.
 
-Late labels are waited for: an impression is an example `wait_s` after it was shown, and what comes after the cut-off is
-put right by the next round, whose window holds it again. A slate without a positive has no listwise gradient, so
-an unfinished one teaches no false negative; re-weighted duplicates, the alternative, would teach it and take it back.
+Late labels: an impression is an example `wait_s` after it was shown, and each says which share of its clicks will have
+arrived by then (`training.arrival`), so that what is yet to come is not taken for a "no". A listwise loss looks only
+at slates with a positive and at what was clicked of them in comparison. Re-weighted duplicates, the alternative, would
+teach a "no" first and take it back a round later.
 
 All times in the join are event times. N candidates, F features.
 """
@@ -52,6 +53,8 @@ class Example:
     clicked_N: Flags  # bool [N]: any positive interaction, which is what click rate, AUC and log loss count
     ratings_N: Floats  # float32 [N], 1 to 5; NaN where not rated
     num_candidates: int = 0  # that were ranked; 0 where the log does not say, and then those that are here were
+    delays_s: tuple[float, ...] = ()  # how long after it was shown each clicked item was clicked first, in seconds
+    arrived: float = 1.0  # the share of its clicks that had come by the cut-off, to be expected of its age
 
 
 class JoinCounts(msgspec.Struct, frozen=True, kw_only=True):
@@ -261,7 +264,7 @@ def unlabelled_example(impression: Impression) -> Example:
 def with_labels(examples: Sequence[Example], numbers: Hashes, labels: pd.DataFrame) -> Iterable[Example]:
     """Yields the examples with the labels of `training.attribution.attribute`; `numbers` are their hashed requests."""
     requests, index = labels["request"].to_numpy(), labels["index"].to_numpy()
-    gains, clicked, stars = (labels[name].to_numpy() for name in ("gain", "clicked", "stars"))
+    gains, clicked, stars, delays = (labels[name].to_numpy() for name in ("gain", "clicked", "stars", "delay_s"))
     begins, ends = np.searchsorted(requests, numbers, "left"), np.searchsorted(requests, numbers, "right")
     for example, begin, end in zip(examples, begins.tolist(), ends.tolist(), strict=True):
         if begin == end:
@@ -270,4 +273,5 @@ def with_labels(examples: Sequence[Example], numbers: Hashes, labels: pd.DataFra
         where = index[begin:end]
         gains_N, clicked_N, ratings_N = example.gains_N.copy(), example.clicked_N.copy(), example.ratings_N.copy()
         gains_N[where], clicked_N[where], ratings_N[where] = gains[begin:end], clicked[begin:end], stars[begin:end]
-        yield replace(example, gains_N=gains_N, clicked_N=clicked_N, ratings_N=ratings_N)
+        delays_s = tuple(delays[begin:end][clicked[begin:end]].tolist())
+        yield replace(example, gains_N=gains_N, clicked_N=clicked_N, ratings_N=ratings_N, delays_s=delays_s)

@@ -45,7 +45,7 @@ from training.team import ALONE, Team
 from training.trackers import Facts
 
 MOST_PLACES = 50  # places of a slate with a bias of their own; further ones share the last
-_METHOD = 4  # rises where what is learned from the same examples changes: older checkpoints are then left alone
+_METHOD = 5  # rises where what is learned from the same examples changes: older checkpoints are then left alone
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from tailrace.ids import ModelVersion
 from tailrace.registry import Registry, new_version
 from tailrace.rounds import Outcome, RoundLog, RoundRecord
 from tailrace.settings import Settings
+from training.arrival import fit_arrival, with_arrival
 from training.contest import compare
 from training.export import export_bundle, load_ranker
 from training.fine_tune import FineTuned, Job, fine_tune, learn_alone
@@ -108,10 +109,12 @@ def run_round(parts: RoundParts) -> RoundRecord:
 
         try:
             with _timed(this, parts, "read"):
-                # 2. The feedback, joined; then cut by time, because that is how the model will meet it.
-                window = parts.log.read(plan.window, parts.progress)
-                this.counts, this.replayed = window.counts, len(window.replay)
-                this.split = split_by_time(window.fresh, training)
+                # 2. The feedback, joined, and how much of it is yet to come; then cut by time, because that is how the
+                # model will meet it.
+                fresh, replay, this.counts = parts.log.read(plan.window, parts.progress)
+                arrival = fit_arrival([*fresh, *replay], plan.window.cutoff_ms)
+                fresh, replay = (with_arrival(one, arrival, plan.window.cutoff_ms) for one in (fresh, replay))
+                this.replayed, this.split = len(replay), split_by_time(fresh, training)
             _keep_plan(this)
             with _timed(this, parts, "learn"):
                 # 3. Learn, from the serving weights.
@@ -123,7 +126,7 @@ def run_round(parts: RoundParts) -> RoundRecord:
                         tokenizer,
                         this.split.train,
                         this.split.stop,
-                        window.replay,
+                        replay,
                         training,
                         max_user_tokens=card.max_user_tokens,
                         max_item_tokens=card.max_item_tokens,
@@ -160,7 +163,7 @@ def run_round(parts: RoundParts) -> RoundRecord:
                     parts.open_scorer(bundle),
                     this.split.holdout,
                     calibrate_on=this.split.stop,
-                    learned=[*window.replay, *this.split.train, *this.split.stop],
+                    learned=[*replay, *this.split.train, *this.split.stop],
                     settings=settings,
                     progress=parts.progress,
                 )

@@ -234,6 +234,14 @@ def test_click_of_a_slow_clock_joins_by_its_request() -> None:
     assert only(joined([impression()], click(at_s=9))).clicked_N[0]
 
 
+def test_example_says_how_long_after_it_was_shown_each_item_was_first_clicked() -> None:
+    slow = only(joined([impression()], click(at_s=17), click("like", at_s=13), click(at_s=12), rating(1, at_s=11)))
+    assert slow.delays_s == (2.0,)
+    assert only(joined([impression()], click("skip", at_s=13))).delays_s == ()
+    assert only(joined([impression()], click(at_s=9))).delays_s == (0.0,)  # a slow clock
+    assert only(joined([impression()], click(at_s=14, request=None))).delays_s == (4.0,)
+
+
 def test_click_without_request_joins_the_latest_slate_that_showed_the_item() -> None:
     slates = [impression("a", 10), impression("b", 15, shown="10"), impression("c", 16, shown="1", unshown="0")]
     made = joined(slates, click(at_s=18, request=None))
