@@ -68,7 +68,8 @@ def read_schedule(every: str | None, after_examples: int | None) -> "Schedule":
 def _tell(record: RoundRecord) -> None:
     took_s = sum(record.took_s.values())
     click.echo(f"{record.version}: {record.outcome} after {took_s:.0f} s; {record.reason}")
-    click.echo(f"report: {record.report}")
+    if record.report:
+        click.echo(f"report: {record.report}")
 
 
 @contextmanager

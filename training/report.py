@@ -7,7 +7,7 @@ erasure, a log does not.
 import base64
 import html
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -56,17 +56,21 @@ _STYLE = (
 
 @dataclass(frozen=True)
 class RoundFacts:
-    """All that a report says. `history` is figures by epoch; `read` and `took_s` are shown as they are, in order."""
+    """All that a report says, of which a round that ended early has less. `ended` says how and why.
+
+    `history` is figures by epoch; `read` and `took_s` are shown as they are, in order; `judged` are champion and
+    challenger.
+    """
 
     version: str
     parent: str
     began_at: str
-    read: Mapping[str, int | float | str]
-    history: Sequence[Mapping[str, float | None]]
-    champion: Evaluation
-    challenger: Evaluation
-    verdict: Verdict
-    took_s: Mapping[str, float]
+    ended: str
+    read: Mapping[str, int | float | str] = field(default_factory=dict)
+    history: Sequence[Mapping[str, float | None]] = ()
+    judged: tuple[Evaluation, Evaluation] | None = None
+    verdict: Verdict | None = None
+    took_s: Mapping[str, float] = field(default_factory=dict)
     moves: Sequence[ItemMove] = ()
     notes: Sequence[str] = ()
 
@@ -101,17 +105,21 @@ def write_report(folder: Path, facts: RoundFacts) -> tuple[Path, Path]:
 
 
 def _sections(facts: RoundFacts) -> list[tuple[str, list[_Block]]]:
-    champion, challenger = facts.champion, facts.challenger
-    sections: list[tuple[str, list[_Block]]] = [("Verdict", _verdict_blocks(facts.verdict))]
-    read = _Table(("read", ""), [(name, _number(value)) for name, value in facts.read.items()])
-    held = f"Both models are judged on {challenger.examples:,} unseen impressions, of which {challenger.ranked:,} tell."
-    sections.append(("What was read", [f"Began at {facts.began_at}.", read, held]))
+    sections: list[tuple[str, list[_Block]]] = [("Verdict", [facts.ended, *_verdict_blocks(facts.verdict)])]
+    read: list[_Block] = [f"Began at {facts.began_at}."]
+    if facts.read:
+        read.append(_Table(("read", ""), [(name, _number(value)) for name, value in facts.read.items()]))
+    sections.append(("What was read", read))
     if facts.history:
         sections.append(("Learning", [_Plot("loss", "losses by epoch", plot_losses(facts.history))]))
-    sections.append(("Champion and challenger", [_metrics_table(champion, challenger), CAVEAT]))
-    sections.append(("Calibration", _calibration_blocks(champion, challenger)))
-    if challenger.slices:
-        sections.append(("Slices", _slice_blocks(champion, challenger)))
+    if facts.judged is not None:
+        champion, challenger = facts.judged
+        count, tell = challenger.examples, challenger.ranked
+        held = f"Both models are judged on {count:,} unseen impressions, of which {tell:,} tell."
+        sections.append(("Champion and challenger", [held, _metrics_table(champion, challenger), CAVEAT]))
+        sections.append(("Calibration", _calibration_blocks(champion, challenger)))
+        if challenger.slices:
+            sections.append(("Slices", _slice_blocks(champion, challenger)))
     if facts.moves:
         heads = ("item", "times", "champion's place", "challenger's place")
         rows = [(m.text, f"{m.times:,}", f"{m.champion_place:.1f}", f"{m.challenger_place:.1f}") for m in facts.moves]
@@ -123,10 +131,11 @@ def _sections(facts: RoundFacts) -> list[tuple[str, list[_Block]]]:
     return sections
 
 
-def _verdict_blocks(verdict: Verdict) -> list[_Block]:
+def _verdict_blocks(verdict: Verdict | None) -> list[_Block]:
+    if verdict is None:
+        return ["It ended before the gate."]
     rows = [("passed" if check.passed else "FAILED", check.name, check.text) for check in verdict.checks]
-    decision = "Promoted." if verdict.promoted else "Not promoted."
-    return [f"{decision} {'; '.join(verdict.reasons)}", _Table(("", "check", "found"), rows)]
+    return [_Table(("", "check", "found"), rows)]
 
 
 def _metrics_table(champion: Evaluation, challenger: Evaluation) -> _Table:

@@ -18,6 +18,7 @@ from typing import Protocol, get_args
 
 import msgspec
 import structlog
+from msgspec.structs import replace
 
 from tailrace.errors import BundleError, NothingToLearn, ParityError, Pinned, RoundRunning, TailraceError
 from tailrace.events import ModelAnnouncement
@@ -42,6 +43,7 @@ from training.round_state import (
     end_round,
     facts_of,
     finite_means,
+    record_failure,
     split_by_time,
     training_record,
 )
@@ -49,6 +51,8 @@ from training.round_state import (
 log = structlog.get_logger()
 
 STEPS = ("champion", "read", "learn", "export", "evaluate", "decide", "publish", "promote")
+
+_MOST_ATTEMPTS = 3  # at a round that is killed each time
 
 Progress = Callable[[str, int, int], None]  # what is under way, done, in all
 
@@ -83,8 +87,7 @@ def run_round(parts: RoundParts) -> RoundRecord:
     """Returns what became of the round, which the registry's rounds and the report say too.
 
     Raises NothingToLearn where there is too little fresh feedback, RoundRunning where another round runs on this
-    machine, Pinned where nothing could be promoted, and what keeps it from beginning. Whatever goes wrong after that is
-    recorded as a failed round, and raised.
+    machine, Pinned where nothing could be promoted. Whatever goes wrong is recorded as a failed round, and raised.
     """
     settings, training = parts.settings, parts.settings.training
     rounds = settings.path("rounds")
@@ -96,13 +99,19 @@ def run_round(parts: RoundParts) -> RoundRecord:
             raise BundleError("nothing serves yet: `tailrace models init` makes version 0")
         if pointer.pinned:
             raise Pinned(f"{pointer.champion} is pinned: no challenger could follow it")
-        champion_folder = parts.registry.fetch(pointer.champion, settings.path("cache") / "bundles")
-        plan = _unfinished(rounds, pointer.champion) or _plan(
-            parts, pointer.champion, pointer.generation, champion_folder
-        )
+        began = parts.now()
+        try:
+            champion_folder = parts.registry.fetch(pointer.champion, settings.path("cache") / "bundles")
+            plan = _unfinished(parts, rounds, pointer.champion) or _plan(
+                parts, pointer.champion, pointer.generation, champion_folder
+            )
+        except (TailraceError, OSError) as error:
+            version, reason = new_version(began), f"not begun: {error}"
+            record_failure(parts.rounds, version, pointer.champion, reason, began, parts.now())
+            raise
         if pointer.canary not in (None, plan.version):
             raise BundleError(f"{pointer.canary} is the canary: a round begins when it has been promoted or taken back")
-        this = Round(plan, rounds / plan.version, parts.now())
+        this = Round(plan, rounds / plan.version, began)
 
         def end(outcome: Outcome, reason: str) -> RoundRecord:
             return end_round(this, parts.rounds, training, outcome, reason, parts.now())
@@ -212,19 +221,27 @@ def _plan(parts: RoundParts, champion: ModelVersion, generation: int, champion_f
     return Plan(version=new_version(now), parent=champion, generation=generation, window=window)
 
 
-def _unfinished(rounds: Path, champion: ModelVersion) -> Plan | None:
-    """Returns the plan of a round that was killed, if its parent still serves; other leftovers are removed."""
+def _unfinished(parts: RoundParts, rounds: Path, champion: ModelVersion) -> Plan | None:
+    """Returns the plan of a round that was killed, if its parent still serves; other leftovers are removed.
+
+    What kills a round again and again, for want of memory say, is in what it does: then it has failed.
+    """
     found: Plan | None = None
     for path in sorted(rounds.glob(f"*/{PLAN_FILE}")):
         try:
             plan = msgspec.json.decode(path.read_bytes(), type=Plan)
         except msgspec.DecodeError:
             plan = None
-        if plan is not None and plan.parent == champion:
-            found = plan
-            log.info("round taken up again", version=plan.version)
-        else:
+        if plan is None or plan.parent != champion:
             shutil.rmtree(path.parent)
+        elif plan.attempts >= _MOST_ATTEMPTS:
+            reason = f"killed {plan.attempts} times, and given up"
+            record_failure(parts.rounds, plan.version, plan.parent, reason, parts.now(), parts.now())
+            shutil.rmtree(path.parent)
+        else:
+            found = replace(plan, attempts=plan.attempts + 1)
+            path.write_bytes(msgspec.json.encode(found))
+            log.info("round taken up again", version=plan.version, attempt=found.attempts)
     return found
 
 

@@ -39,6 +39,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     parent: ModelVersion
     generation: int
     window: LogWindow
+    attempts: int = 1  # of which all but the last were killed
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,18 @@ def finite_means(judged: Evaluation) -> dict[str, float]:
     return {name: found.mean for name, found in judged.figures.items() if math.isfinite(found.mean)}
 
 
+def record_failure(
+    rounds: RoundLog, version: ModelVersion, parent: ModelVersion, reason: str, began: datetime, now: datetime
+) -> None:
+    """Records a round that failed before or beyond its steps, so that it is seen where others are."""
+    failed: Outcome = "failed"
+    record = RoundRecord(version=version, parent=parent, outcome=failed, reason=reason, started_at=began, ended_at=now)
+    try:
+        rounds.append(record)
+    except FileExistsError:  # killed after it was written: what it said stands
+        log.warning("the round is recorded already", version=version)
+
+
 def end_round(
     this: Round, rounds: RoundLog, training: TrainingSettings, outcome: Outcome, reason: str, now: datetime
 ) -> RoundRecord:
@@ -127,7 +140,7 @@ def end_round(
         replayed=this.replayed,
         took_s=this.took_s,
         metrics=figures,
-        report=_report(this),
+        report=_report(this, f"{outcome}: {reason}"),
     )
     try:
         rounds.append(record)
@@ -152,32 +165,35 @@ def _conclude(this: Round, record: RoundRecord, training: TrainingSettings) -> N
         trackers.conclude(f"{record.outcome}: {record.reason}", figures, Path(record.report) if record.report else None)
 
 
-def _report(this: Round) -> str:
-    """Writes the round's report and returns where it is; nothing where it ended before there was a verdict."""
-    if this.contest is None or this.verdict is None or this.tuned is None or this.counts is None:
-        return ""
-    tuned = this.tuned
-    history: list[dict[str, float | None]] = [
-        {**one.losses, "stop": one.stop_loss, "stop NDCG@10": one.stop_ndcg_10} for one in tuned.history
-    ]
+def _report(this: Round, ended: str) -> str:
+    """Writes what there is to report and returns where it is; nothing where it could not be written."""
+    contest, tuned, notes = this.contest, this.tuned, list[str]()
+    read: dict[str, int | float | str] = {} if this.counts is None else msgspec.to_builtins(this.counts)
+    if tuned is not None:
+        read |= {"replayed": this.replayed, "learned from": tuned.lessons}
+        speed = f"{tuned.impressions_per_s:.0f} impressions/s in {tuned.precision}"
+        notes = [tuned.reason, _describe_step(tuned.first_step), speed]
     facts = RoundFacts(
         version=this.plan.version,
         parent=this.plan.parent,
         began_at=f"{this.started_at:%F %T %Z}",
-        read=msgspec.to_builtins(this.counts) | {"replayed": this.replayed, "learned from": tuned.lessons},
-        history=history,
-        champion=this.contest.champion,
-        challenger=this.contest.challenger,
+        ended=ended,
+        read=read,
+        history=[
+            {**one.losses, "stop": one.stop_loss, "stop NDCG@10": one.stop_ndcg_10}
+            for one in (() if tuned is None else tuned.history)
+        ],
+        judged=None if contest is None else (contest.champion, contest.challenger),
         verdict=this.verdict,
         took_s=this.took_s,
-        moves=this.contest.moves,
-        notes=[
-            tuned.reason,
-            _describe_step(tuned.first_step),
-            f"{tuned.impressions_per_s:.0f} impressions/s in {tuned.precision}",
-        ],
+        moves=() if contest is None else contest.moves,
+        notes=notes,
     )
-    return str(write_report(this.folder, facts)[1])
+    try:
+        return str(write_report(this.folder, facts)[1])
+    except OSError as error:  # a full disk, of which the record says more
+        log.warning("the report could not be written", version=this.plan.version, error=str(error))
+        return ""
 
 
 def _describe_step(factors: Factors | None) -> str:

@@ -11,13 +11,15 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from tailrace.errors import BundleError, Pinned, RoundRunning
+from tailrace.errors import BrokerUnavailable, BundleError, Pinned, RoundRunning
 from tailrace.events import ModelAnnouncement
 from tailrace.ids import ModelVersion
 from tailrace.registry import open_registry
 from tailrace.rounds import open_round_log
 from tailrace.settings import Settings
-from tests.recovery.round_process import FIRST, make_parts, make_settings, publish_first
+from tests.recovery.round_process import FIRST, MadeUpLog, make_parts, make_settings, publish_first
+from training.fine_tune import FineTuned, Job, learn_alone
+from training.log_window import LogWindow
 from training.round import STEPS, run_round
 from training.round_state import Plan
 
@@ -72,6 +74,42 @@ def test_round_killed_while_learning_is_taken_up_again(data: Path) -> None:
     [begun] = [path.name for path in (data / "rounds").iterdir() if path.is_dir()]
     record = run_round(make_parts(settings))
     assert record.version == begun and record.outcome == "promoted"
+
+
+def test_round_that_is_killed_again_and_again_is_given_up_and_says_so(data: Path) -> None:
+    settings = make_settings(data)
+    for _ in range(3):
+        run_until_killed(data, "export")
+    [begun] = [path.name for path in (data / "rounds").iterdir() if path.is_dir()]
+    record = run_round(make_parts(settings))
+    assert record.version != begun and record.outcome == "promoted"
+    newest = open_round_log(settings).newest()
+    assert [(one.version, one.outcome) for one in newest] == [(record.version, "promoted"), (begun, "failed")]
+    assert newest[1].reason == "killed 3 times, and given up"
+
+
+def test_round_that_could_not_begin_is_recorded(data: Path) -> None:
+    settings = make_settings(data)
+
+    class NoBroker(MadeUpLog):
+        def plan(self, *, now_ms: int, fresh_since_ms: int | None) -> LogWindow:
+            raise BrokerUnavailable("nobody answers at 127.0.0.1:9")
+
+    with pytest.raises(BrokerUnavailable):
+        run_round(replace(make_parts(settings), log=NoBroker()))
+    [record] = open_round_log(settings).newest()
+    assert (record.outcome, record.parent) == ("failed", FIRST)
+    assert record.reason == "not begun: nobody answers at 127.0.0.1:9"
+
+
+def test_round_that_learned_nothing_leaves_a_report_of_it(data: Path) -> None:
+    def learn_in_vain(job: Job) -> FineTuned:
+        return replace(learn_alone(job), better=False, reason="nothing beats the parent")
+
+    record = run_round(replace(make_parts(make_settings(data)), learn=learn_in_vain))
+    assert record.outcome == "rejected"
+    page = Path(record.report).read_text()
+    assert "nothing beats the parent" in page and "losses by epoch" in page
 
 
 def test_rounds_do_not_overlap(data: Path) -> None:

@@ -37,13 +37,13 @@ def facts() -> RoundFacts:
         version="v8",
         parent="v7",
         began_at="2026-11-24T02:00:00Z",
+        ended="promoted: it was better",
         read={"impressions": 12_345, "late labels": 67, "window": "7 days", "share with a click": 0.31234},
         history=[
             {"train loss": 2.5, "stop loss": 2.4, "stop NDCG@10": 0.41},
             {"train loss": 2.2, "stop loss": None, "stop NDCG@10": 0.44},
         ],
-        champion=champion,
-        challenger=challenger,
+        judged=(champion, challenger),
         verdict=decide(champion, challenger, 1.07, GateSettings()),
         took_s={"read": 3.21, "fine-tune": 45.6},
         moves=[ItemMove(NASTY, 1_200, 7.25, 2.5), *item_moves(examples, before, worths, most=3)],
@@ -76,20 +76,22 @@ def test_every_figure_given_stands_in_both_pages(facts: RoundFacts, pages: tuple
     markdown = pages[0].read_text().replace("\\", "")
     text = Reader(pages[1].read_text()).text
     expected = ["12,345", "67", "7 days", "0.3123", "2026-11-24T02:00:00Z", "3.2", "45.6", "v7", "v8", "1,200", "7.2"]
-    expected += ["Nothing else of note.", "Promoted.", *[check.text for check in facts.verdict.checks]]
-    for model in (facts.champion, facts.challenger):
+    assert facts.verdict is not None and facts.judged is not None
+    expected += ["Nothing else of note.", "promoted: it was better", *[check.text for check in facts.verdict.checks]]
+    for model in facts.judged:
         for name in FIGURES.keys() & model.figures.keys():
             found = model.figures[name]
             expected.append(f"{found.mean:.4f} ({found.low:.4f} to {found.high:.4f})")
         expected += [f"{one.figures['ndcg_10'].mean:.4f}" for one in model.slices.values()]
-    expected += [FIGURES[name][0] for name in FIGURES.keys() & facts.champion.figures.keys()]
+    expected += [FIGURES[name][0] for name in FIGURES.keys() & facts.judged[0].figures.keys()]
     for what in expected:
         assert what in text, what
         assert what in markdown or what in markdown.replace("&amp;", "&"), what
 
 
 def test_every_figure_of_an_evaluation_has_its_row(facts: RoundFacts) -> None:
-    assert set(facts.champion.figures) - {"click_rate"} == set(FIGURES) - {"diversity"}
+    assert facts.judged is not None
+    assert set(facts.judged[0].figures) - {"click_rate"} == set(FIGURES) - {"diversity"}
 
 
 def test_html_is_one_file_with_its_plots_inside(pages: tuple[Path, Path]) -> None:
@@ -120,12 +122,24 @@ def test_no_users_text_stands_in_a_report(pages: tuple[Path, Path]) -> None:
     assert not any("likes number" in page.read_text() for page in pages)
 
 
-def test_a_refusal_says_why(facts: RoundFacts, tmp_path: Path) -> None:
-    verdict = decide(facts.challenger, facts.champion, float("nan"), GateSettings())
+def test_a_refusal_says_which_check_failed(facts: RoundFacts, tmp_path: Path) -> None:
+    assert facts.judged is not None
+    verdict = decide(*reversed(facts.judged), float("nan"), GateSettings())
     markdown, _ = write_report(tmp_path, replace(facts, verdict=verdict, history=[], moves=(), notes=()))
     text = markdown.read_text().replace("\\", "")
-    assert "Not promoted. NDCG@10" in text and "time to score" in text and "| FAILED | latency |" in text
+    assert "time to score" in text and "| FAILED | latency |" in text
     assert "loss.png" not in text and "Notes" not in text
+
+
+def test_a_round_that_ended_early_reports_what_there_is(facts: RoundFacts, tmp_path: Path) -> None:
+    ended = "rejected: nothing beats the parent"
+    pages = write_report(tmp_path, RoundFacts("v8", "v7", facts.began_at, ended, facts.read, facts.history))
+    for page in pages:
+        text = page.read_text()
+        assert ended in text and "before the gate" in text and "12,345" in text and "loss" in text
+        assert "Calibration" not in text
+    bare = write_report(tmp_path, RoundFacts("v8", "v7", facts.began_at, "failed: no broker"))[0].read_text()
+    assert "failed: no broker" in bare
 
 
 def test_items_that_moved_most_come_first_with_their_mean_places() -> None:
@@ -139,5 +153,6 @@ def test_items_that_moved_most_come_first_with_their_mean_places() -> None:
 
 
 def test_figures_that_no_slate_could_tell_are_left_out_of_records(facts: RoundFacts) -> None:
-    silent = replace(facts.champion, figures={"auc": Interval(nan, nan, nan), "click_rate": Interval(0.1, 0.1, 0.1)})
+    assert facts.judged is not None
+    silent = replace(facts.judged[0], figures={"auc": Interval(nan, nan, nan), "click_rate": Interval(0.1, 0.1, 0.1)})
     assert finite_means(silent) == {"click_rate": 0.1}
