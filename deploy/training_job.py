@@ -17,13 +17,13 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from deploy.ray_cluster import NAMESPACE, NICE
 from tailrace.errors import NothingToLearn, Pinned, RoundRunning, TailraceError
-from tailrace.registry import Registry, open_registry
+from tailrace.registry import open_registry
 from tailrace.rounds import RoundRecord
 from tailrace.settings import Settings
 from tailrace.status import load_spans
 from tailrace.telemetry import configure_logging
 from training.schedule import Schedule
-from training.watchdog import watch
+from training.watchdog import watchdog_beside
 
 log = structlog.get_logger()
 
@@ -121,7 +121,7 @@ def train_by_schedule(
     where this cluster has a training job already.
     """
     registry = open_registry(settings)
-    with training_actor(settings) as actor, _watchdog(settings, registry):
+    with training_actor(settings) as actor, watchdog_beside(settings):
         began, seen = time.monotonic(), 0
         while not stop.wait(_TICK_S):
             try:
@@ -138,21 +138,6 @@ def train_by_schedule(
                     log.info("no round", reason=found)
             except Exception as error:  # the next round may do better, and the watchdog must go on
                 log.error("round failed; what serves is as it was", error=(str(error) or repr(error)).splitlines()[0])
-
-
-@contextmanager
-def _watchdog(settings: Settings, registry: Registry) -> Iterator[None]:
-    """Watches canaries and fresh champions on a thread of its own while the block lasts."""
-    url, stop = f"http://{settings.gateway.host}:{settings.gateway.port}", threading.Event()
-    thread = threading.Thread(
-        target=watch, args=(settings,), kwargs={"url": url, "registry": registry, "stop": stop}, name="watchdog"
-    )
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
 
 
 def count_impressions(settings: Settings) -> int:

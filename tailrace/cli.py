@@ -15,7 +15,7 @@ from tailrace.cli_evaluate import evaluate
 from tailrace.cli_lab import lab
 from tailrace.cli_models import models
 from tailrace.cli_session import Session, as_json, ray_address, stop_on_signals
-from tailrace.cli_train import read_schedule, rounds, train
+from tailrace.cli_train import read_schedule, rounds, train, watch
 from tailrace.errors import BrokerUnavailable, TailraceError
 from tailrace.kafka_clients import create_topics
 from tailrace.schemas import PUBLIC_TYPES, json_schemas
@@ -56,6 +56,7 @@ main.add_command(models)
 main.add_command(train)
 main.add_command(lab)
 main.add_command(rounds)
+main.add_command(watch)
 main.add_command(evaluate)
 
 
@@ -156,12 +157,15 @@ def serve(session: Session, address: str | None) -> None:
 def up(session: Session, train_every: str | None) -> None:
     """Run everything on this machine until Ctrl-C: Kafka unless one is named, Ray, stream workers, services."""
     from deploy.local import local_system, rounds_beside
+    from training.watchdog import watchdog_beside
 
     schedule = None if train_every is None else read_schedule(train_every, None)
     with ExitStack() as stack:
         running = stack.enter_context(local_system(session.settings, click.echo))
         if schedule is not None:
             stack.enter_context(rounds_beside(running, schedule, click.echo))
+        else:  # whoever promotes by hand, or trains by `train --once`, is watched too
+            stack.enter_context(watchdog_beside(running))
         stack.enter_context(stop_on_signals()).wait()
     click.echo("stopped")
 

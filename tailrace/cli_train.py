@@ -1,4 +1,4 @@
-"""`tailrace train` and `tailrace rounds`: rounds now or by schedule, and what became of the last ones."""
+"""`tailrace train`, `watch` and `rounds`: rounds now or by schedule, what watches them, and what became of them."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,6 +43,25 @@ def train(session: Session, once: bool, every: str | None, after_examples: int |
 
 
 @click.command()
+@click.pass_obj
+def watch(session: Session) -> None:
+    """Watch canaries and fresh champions until Ctrl-C: promote them, or take them back.
+
+    `tailrace up`, and `tailrace train` by schedule, do so by themselves. Where rounds are begun one by one, or versions
+    promoted by hand, this runs beside the services: a canary that nobody watches stays one.
+    """
+    from training.watchdog import watch as watch_models
+
+    settings = session.connected
+    with stop_on_signals() as stop:
+        watch_models(
+            settings,
+            stop=stop,
+            decided=lambda version, judgement: click.echo(f"{version}: {judgement.action}; {judgement.reason}"),
+        )
+
+
+@click.command()
 @click.option("--count", type=click.IntRange(min=1), default=10, show_default=True, help="How many.")
 @as_json
 @click.pass_obj
@@ -70,6 +89,10 @@ def _tell(record: RoundRecord) -> None:
     click.echo(f"{record.version}: {record.outcome} after {took_s:.0f} s; {record.reason}")
     if record.report:
         click.echo(f"report: {record.report}")
+    if record.outcome == "canary":
+        click.echo(
+            "on trial: what watches (`tailrace watch`, `up`, or `train` by schedule) promotes it or takes it back"
+        )
 
 
 @contextmanager

@@ -6,8 +6,8 @@ loses its counts and begins to count anew: nothing moves but through the registr
 
 import threading
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from tailrace.events import Click, Impression, decode_event
 from tailrace.ids import ModelVersion
 from tailrace.kafka_clients import open_consumer
 from tailrace.pointer import Pointer
-from tailrace.registry import Registry, announce
+from tailrace.registry import Registry, announce, open_registry
 from tailrace.settings import GateSettings, KafkaSettings, Settings
 from tailrace.topics import tailrace_topics
 from training.judgement import NO_EVIDENCE, Evidence, Judgement, judge, judge_fresh
@@ -125,17 +125,19 @@ class _Feed:
 def watch(
     settings: Settings,
     *,
-    url: str,
-    registry: Registry,
     stop: threading.Event,
+    url: str = "",
+    registry: Registry | None = None,
     decided: Decided = lambda version, judgement: None,
     interval_s: float = _INTERVAL_S,
 ) -> None:
-    """Watches until `stop` is set; a look takes `interval_s`. `url` is the gateway's. Feedback counts from now on.
+    """Watches until `stop` is set; a look takes `interval_s`. Feedback counts from now on.
 
-    Whatever does not answer is waited for: Kafka, the gateway, the registry.
+    Gateway and registry are those of the settings, unless others are named. Whatever does not answer is waited for:
+    Kafka, the gateway, the registry.
     """
-    watched = Watch(settings.gate)
+    watched, registry = Watch(settings.gate), registry or open_registry(settings)
+    url = url or f"http://{settings.gateway.host}:{settings.gateway.port}"
     with httpx.Client(base_url=url, timeout=_HTTP_TIMEOUT_S) as client:
         while not stop.is_set():
             try:
@@ -145,6 +147,19 @@ def watch(
             except (KafkaError, BrokerUnavailable) as error:
                 log.warning("the watchdog lost the broker", error=str(error))
                 stop.wait(interval_s)
+
+
+@contextmanager
+def watchdog_beside(settings: Settings) -> Iterator[None]:
+    """Watches on a thread of its own while the block lasts."""
+    stop = threading.Event()
+    thread = threading.Thread(target=watch, args=(settings,), kwargs={"stop": stop}, name="watchdog")
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def if_sound(registry: Registry, version: ModelVersion, judgement: Judgement, cache_dir: Path) -> Judgement:

@@ -1,6 +1,9 @@
 """The watchdog on a real broker: it reads what was shown and clicked, hears the replicas, and moves the pointer."""
 
 import json
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +25,8 @@ from tailrace.pointer import assigned_version
 from tailrace.registry import Registry, open_registry
 from tailrace.settings import Settings, load_settings
 from tailrace.topics import tailrace_topics
+from tests.e2e.scene import until
+from tests.servers import hear_interrupts
 from training.judgement import Judgement
 from training.watchdog import watch
 
@@ -239,3 +244,24 @@ def test_gateway_that_does_not_answer_is_waited_for(settings: Settings, registry
         replicas.told = {**good, "refused": {"v2": "damaged"}}
         wait_until(lambda: len(decided) > 0)
     assert decided[0][1].action == "rollback"
+
+
+def test_canary_begun_by_hand_is_taken_back_by_whoever_watches(
+    settings: Settings, registry: Registry, replicas: Replicas, tmp_path: Path
+) -> None:
+    file = tmp_path / "tailrace.toml"
+    file.write_text(
+        f'data_dir = "{settings.data_dir}"\n'
+        f'[kafka]\nbootstrap_servers = "{settings.kafka.bootstrap_servers}"\n'
+        f'topic_prefix = "{settings.kafka.topic_prefix}"\nuser_partitions = 2\n'
+        f"[gateway]\nport = {replicas.server.server_port}\n[gate]\nmax_canary_s = 0.5\n"
+    )
+    registry.start_canary(V2, 0.3)
+    command = [sys.executable, "-m", "tailrace.cli", "--settings", str(file), "watch"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=hear_interrupts) as process:
+        try:
+            until(registry.pointer, lambda pointer: pointer is not None and pointer.canary is None, timeout_s=60)
+        finally:
+            process.send_signal(signal.SIGINT)
+        told, _ = process.communicate(timeout=20)
+    assert process.returncode == 0 and "\nv2: rollback; undecided after" in told
