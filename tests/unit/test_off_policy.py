@@ -1,4 +1,4 @@
-"""What another policy would have earned: held against a small world where that is known exactly."""
+"""What another policy would have earned: held against a small world where that is known exactly, and the town."""
 
 from dataclasses import dataclass
 from itertools import permutations
@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from services.slate import place_probabilities
+from deploy.demo import load_books
+from services.slate import build_slate, place_probabilities
 from tailrace.errors import TooLittleOverlap
+from tailrace.settings import SlateSettings
+from tailrace.world import World
 from tests.made_up_slates import make_example
 from training.off_policy import LoggedSlates, OffPolicy, estimate, logged_slates, target_probabilities
 
@@ -210,3 +213,73 @@ def test_slates_of_several_lengths_count_each_by_its_own_items() -> None:
     found = estimate(slates, target)
     for one in (found.logged, found.ips, found.snips, found.doubly_robust):
         assert one.value == pytest.approx(0.75)
+
+
+# -- the simulated town --------------------------------------------------------------------------------------------
+
+
+CANDIDATES, SHOWN = 20, 3
+
+
+def of_the_town(requests: int, exploration: float, pool: int, seed: int) -> tuple[LoggedSlates, Reals, float]:
+    """Returns slates of the simulated town, made by one ranker; another's chances of them, and its true click rate.
+
+    Both know what a reader likes up to an error, most of which they share, and explore alike.
+    """
+    rng = np.random.default_rng(seed)
+    world = World(load_books(), seed=seed)
+    readers = [world.reader(number) for number in range(60)]
+    clicks_EK, own_EK, other_EK = (np.zeros((requests, SHOWN)) for _ in range(3))
+    truth = 0.0
+    for row in range(requests):
+        reader = readers[int(rng.integers(len(readers)))]
+        among = rng.choice(len(world.item_ids), size=CANDIDATES, replace=False)
+        joy_N = world.attraction(reader, world.moment(3600.0 * row, rng))[among]
+        seen_K = world.examination(reader, SHOWN)
+        shared_N, own_N, other_N = rng.normal(size=(3, CANDIDATES))
+        logging_N, target_N = (np.log(joy_N) + shared_N + error_N / 4 for error_N in (own_N, other_N))
+        slate = show(logging_N, exploration, pool, rng)
+        clicks_EK[row] = rng.random(SHOWN) < seen_K * joy_N[slate]
+        own_EK[row], other_EK[row] = (chances(of, slate, exploration, pool) for of in (logging_N, target_N))
+        truth += np.mean([seen_K @ joy_N[show(target_N, exploration, pool, rng)] for _ in range(4)]) / SHOWN
+    return LoggedSlates(clicks_EK, own_EK, np.ones_like(clicks_EK, dtype=np.bool_)), other_EK, truth / requests
+
+
+def show(scores_N: Reals, exploration: float, pool: int, rng: np.random.Generator) -> list[int]:
+    slots = build_slate(
+        scores_N,
+        np.zeros((len(scores_N), 1)),
+        [()] * len(scores_N),
+        n=SHOWN,
+        diversity=0.0,
+        max_per_tag=0,
+        exploration=exploration,
+        explore_pool=pool,
+        rng=rng,
+    )
+    return [slot.index for slot in slots]
+
+
+def chances(scores_N: Reals, slate: list[int], exploration: float, pool: int) -> list[float]:
+    left = np.argsort(-scores_N).tolist()
+    found = []
+    for index in slate:
+        found.append(float(place_probabilities(len(left), exploration, pool)[left.index(index)]))
+        left.remove(index)
+    return found
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_in_the_town_every_estimate_of_another_ranker_holds_the_truth(seed: int) -> None:
+    logged, target_EK, truth = of_the_town(3000, exploration=0.5, pool=CANDIDATES, seed=seed)
+    found = estimate(logged, target_EK, confidence=0.99)
+    assert found.effective_slates < 1500  # the two do differ
+    for one in (found.ips, found.snips, found.doubly_robust):
+        assert one.low < truth < one.high and one.high - one.low < truth
+
+
+def test_at_the_exploration_that_is_shipped_another_ranker_is_refused() -> None:
+    slate = SlateSettings()
+    logged, target_EK, _ = of_the_town(1500, slate.exploration, slate.explore_pool, seed=0)
+    with pytest.raises(TooLittleOverlap):
+        estimate(logged, target_EK)
