@@ -102,6 +102,10 @@ class RankerSettings(_Section, frozen=True, kw_only=True):
             return "int8" if self.device == "cpu" else "fp16"
         return self.precision
 
+    def __post_init__(self) -> None:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"`min_replicas` {self.min_replicas} is more than `max_replicas` {self.max_replicas}")
+
 
 class SlateSettings(_Section, frozen=True, kw_only=True):
     """How ranked candidates become a slate."""
@@ -207,6 +211,10 @@ class TrainingSettings(_Section, frozen=True, kw_only=True):
         _doc("where the figures of a round go; the last two need the extra `trackers`"),
     ] = ("tensorboard",)
     tracking_uri: Annotated[str, _doc("MLflow's server or database; empty: one beside the rounds")] = ""
+
+    def __post_init__(self) -> None:
+        if self.lora_rank and not self.trainable_layers:
+            raise ValueError("`lora_rank` adapts layers that learn: say how many do in `trainable_layers`")
 
 
 class GateSettings(_Section, frozen=True, kw_only=True):

@@ -53,6 +53,20 @@ def test_a_wrong_setting_is_refused_by_name(environ: dict[str, str], word: str) 
         load_settings(environ=environ)
 
 
+@pytest.mark.parametrize(
+    ("section", "told", "word"),
+    [
+        ("training", {"lora_rank": 4}, "trainable_layers"),
+        ("ranker", {"min_replicas": 3, "max_replicas": 2}, "max_replicas"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused_by_section(
+    section: str, told: dict[str, int], word: str
+) -> None:
+    with pytest.raises(SettingsError, match=f"{word}.*{section}"):
+        load_settings(None, {}, **{section: told})
+
+
 def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="nowhere"):
         load_settings(tmp_path / "nowhere.toml", environ={})
