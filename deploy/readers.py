@@ -161,6 +161,7 @@ class Readers:
         over_http = bool(rng.random() < 0.5)
         elapsed = 0.0
         for reaction in self.world.react(reader, slate, moment, rng):
+            # What is put aside for long is opened at the end of the visit: nobody looks on for an hour.
             await asyncio.sleep(min(reaction.delay_s - elapsed, 2.0) if reaction.delay_s > elapsed else 0.0)
             elapsed = reaction.delay_s
             for worth in counted_in:

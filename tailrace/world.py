@@ -38,6 +38,7 @@ _ADMIRED = ("author:", "director:", "artist:", "brand:", "source:", "series:")
 _LIGHT = frozenset({"tag:humour", "tag:comedy", "tag:children", "tag:adventure", "tag:mystery"})  # for evenings
 _LIGHT_LOGIT = 0.8
 _PATIENCE = (0.7, 1.0)
+_LATER, _LATER_S = 0.15, 1200.0  # of what is opened is put aside first, half of it for longer than that
 _DRIFT_DAYS = 20.0  # after about so many days a taste has turned by a radian
 
 
@@ -191,12 +192,16 @@ class World:
             joy = float(attraction_I[self._row[item_id]])
             if rng.random() < joy:
                 dwell_s = float(rng.lognormal(mean=3.0 + 2.0 * joy, sigma=0.5))
-                reactions.append(Reaction(item_id, position, "click", seconds, dwell_s))
+                # Most is opened as it is seen; some of it when there is time, long after others have seen newer slates.
+                opened_s = seconds
+                if rng.random() < _LATER:
+                    opened_s += float(rng.lognormal(mean=np.log(_LATER_S), sigma=1.0))
+                reactions.append(Reaction(item_id, position, "click", opened_s, dwell_s))
                 reader.read.add(item_id)
                 if rng.random() < joy:
                     stars = int(np.clip(round(2.2 + 6.0 * joy + rng.normal(scale=0.5)), 1, 5))
                     action: Literal["like", "save"] = "like" if rng.random() < 0.7 else "save"
-                    reactions.append(Reaction(item_id, position, action, seconds + 1.0, rating=stars))
+                    reactions.append(Reaction(item_id, position, action, opened_s + 1.0, rating=stars))
             elif joy < 0.01 and rng.random() < 0.1:
                 reactions.append(Reaction(item_id, position, "skip", seconds))
         return sorted(reactions, key=lambda reaction: reaction.delay_s)

@@ -80,6 +80,20 @@ def test_tastes_drift(world: World) -> None:
     assert np.corrcoef(now, then)[0, 1] < 0.95
 
 
+def test_some_of_what_is_opened_is_opened_long_after_it_was_shown(world: World) -> None:
+    rng = np.random.default_rng(2)
+    delays_s = []
+    for number in range(400):
+        reader = world.reader(number)
+        reactions = world.react(reader, world.best_slate(reader, 8, NOON), NOON, rng)
+        delays_s += [reaction.delay_s for reaction in reactions if reaction.action == "click"]
+        clicked = {one.item_id: one.delay_s for one in reactions if one.action == "click"}
+        assert all(one.delay_s > clicked[one.item_id] for one in reactions if one.action in ("like", "save"))
+    late_s = [delay for delay in delays_s if delay > 60]
+    assert 0.1 < len(late_s) / len(delays_s) < 0.2
+    assert 900 < np.median(late_s) < 1600 and np.median(delays_s) < 10
+
+
 def test_reactions_come_in_time_order_and_name_their_position(world: World) -> None:
     rng = np.random.default_rng(1)
     for number in range(50):
