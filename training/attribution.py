@@ -130,9 +130,9 @@ def _contains(ordered: Hashes, values: Hashes) -> NDArray[np.bool_]:
 class Attribution(NamedTuple):
     """What became of the feedback.
 
-    `labels` has a row per request and index that got any: `gain` (0 or more), `clicked`, `stars` (NaN: not rated) and
-    `delay_s`, the seconds from showing to the first positive (NaN: none). It is sorted by request. `counts` is named as
-    in `training.examples.JoinCounts`.
+    `labels` has a row per request and index that got any: `gain` (0 or more), `clicked`, `refused`, `stars` (NaN: not
+    rated) and `delay_s`, the seconds from showing to the first positive (NaN: none). It is sorted by request. `counts`
+    is named as in `training.examples.JoinCounts`.
     """
 
     labels: pd.DataFrame
@@ -210,6 +210,7 @@ def _labels(assigned: pd.DataFrame) -> tuple[pd.DataFrame, int]:
     where = ["request", "index"]
     labels = once.assign(clicked=once["gain"] > 0).groupby(where).agg({"gain": "sum", "clicked": "any", "stars": "max"})
     labels["gain"] += assigned.groupby(where)["dwell_gain"].max()
+    labels["refused"] = ~labels["clicked"] & (labels["gain"] < 0)
     labels["gain"] = labels["gain"].clip(lower=0.0)
     # Clocks differ, so what happened before it could is taken to have happened at once.
     delay_s = ((assigned["at_ms"] - assigned["shown_ms"]) / 1000).clip(lower=0.0)

@@ -53,7 +53,9 @@ def fit_examination(examples: Sequence[Example], num_positions: int) -> Reals:
 def places_seen(example: Example, seen_K: Reals) -> Reals:
     """Returns float64 [num_shown]: the chance that each place was looked at in time for a click to be in the log.
 
-    The last of `seen_K` stands for the places after it. What is yet to arrive is as if it was yet to be looked at.
+    The last of `seen_K` stands for the places after it. What is yet to arrive is as if it was yet to be looked at; who
+    said "no" has looked.
     """
     result: Reals = example.arrived * seen_K[np.minimum(np.arange(example.num_shown), len(seen_K) - 1)]
+    result[list(example.refused)] = 1.0
     return result

@@ -53,6 +53,7 @@ class Example:
     clicked_N: Flags  # bool [N]: any positive interaction, which is what click rate, AUC and log loss count
     ratings_N: Floats  # float32 [N], 1 to 5; NaN where not rated
     num_candidates: int = 0  # that were ranked; 0 where the log does not say, and then those that are here were
+    refused: tuple[int, ...] = ()  # positions where a "no" was said, and nothing good: skipped, hidden, rated low
     delays_s: tuple[float, ...] = ()  # how long after it was shown each clicked item was clicked first, in seconds
     arrived: float = 1.0  # the share of its clicks that had come by the cut-off, to be expected of its age
 
@@ -264,7 +265,8 @@ def unlabelled_example(impression: Impression) -> Example:
 def with_labels(examples: Sequence[Example], numbers: Hashes, labels: pd.DataFrame) -> Iterable[Example]:
     """Yields the examples with the labels of `training.attribution.attribute`; `numbers` are their hashed requests."""
     requests, index = labels["request"].to_numpy(), labels["index"].to_numpy()
-    gains, clicked, stars, delays = (labels[name].to_numpy() for name in ("gain", "clicked", "stars", "delay_s"))
+    gains, clicked, stars = (labels[name].to_numpy() for name in ("gain", "clicked", "stars"))
+    refused, delays = labels["refused"].to_numpy(), labels["delay_s"].to_numpy()
     begins, ends = np.searchsorted(requests, numbers, "left"), np.searchsorted(requests, numbers, "right")
     for example, begin, end in zip(examples, begins.tolist(), ends.tolist(), strict=True):
         if begin == end:
@@ -273,5 +275,11 @@ def with_labels(examples: Sequence[Example], numbers: Hashes, labels: pd.DataFra
         where = index[begin:end]
         gains_N, clicked_N, ratings_N = example.gains_N.copy(), example.clicked_N.copy(), example.ratings_N.copy()
         gains_N[where], clicked_N[where], ratings_N[where] = gains[begin:end], clicked[begin:end], stars[begin:end]
-        delays_s = tuple(delays[begin:end][clicked[begin:end]].tolist())
-        yield replace(example, gains_N=gains_N, clicked_N=clicked_N, ratings_N=ratings_N, delays_s=delays_s)
+        yield replace(
+            example,
+            gains_N=gains_N,
+            clicked_N=clicked_N,
+            ratings_N=ratings_N,
+            refused=tuple(where[refused[begin:end]].tolist()),
+            delays_s=tuple(delays[begin:end][clicked[begin:end]].tolist()),
+        )

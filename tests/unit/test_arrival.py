@@ -107,3 +107,8 @@ def test_slate_whose_clicks_have_half_arrived_is_expected_to_be_clicked_half_as_
     logits = np.linspace(-3, 3, 121)
     whole, half = (logits[np.argmin([pointwise(arrived, one) for one in logits])] for arrived in (1.0, 0.5))
     assert half - whole == pytest.approx(np.log(2), abs=0.05)
+
+
+def test_who_said_no_has_looked_wherever_it_stood() -> None:
+    example = replace(make_example([0, 0, 1, 0]), refused=(1, 3), arrived=0.5)
+    assert places_seen(example, np.array([1.0, 0.6, 0.4])).tolist() == [0.5, 1.0, 0.2, 1.0]

@@ -234,10 +234,19 @@ def test_click_of_a_slow_clock_joins_by_its_request() -> None:
     assert only(joined([impression()], click(at_s=9))).clicked_N[0]
 
 
+def test_no_is_said_by_a_skip_a_hide_or_a_poor_rating_where_nothing_good_was_said() -> None:
+    for no in (click(action="skip"), click(action="hide"), rating(1)):
+        assert only(joined([impression()], no)).refused == (0,)
+    assert only(joined([impression()], click(action="skip", at_s=13), click(at_s=12))).refused == ()
+    assert only(joined([impression()], rating(3))).refused == ()
+
+
 def test_example_says_how_long_after_it_was_shown_each_item_was_first_clicked() -> None:
-    slow = only(joined([impression()], click(at_s=17), click("like", at_s=13), click(at_s=12), rating(1, at_s=11)))
+    slow = only(
+        joined([impression()], click(at_s=17), click(action="like", at_s=13), click(at_s=12), rating(1, at_s=11))
+    )
     assert slow.delays_s == (2.0,)
-    assert only(joined([impression()], click("skip", at_s=13))).delays_s == ()
+    assert only(joined([impression()], click(action="skip", at_s=13))).delays_s == ()
     assert only(joined([impression()], click(at_s=9))).delays_s == (0.0,)  # a slow clock
     assert only(joined([impression()], click(at_s=14, request=None))).delays_s == (4.0,)
 
@@ -468,6 +477,8 @@ def test_join_is_what_the_rules_say_one_by_one(log: Log) -> None:
             if np.isnan(example.ratings_N[index]):
                 assert example.gains_N[index] == pytest.approx(max(sum(gains[where].values()) + bonus[where], 0))
                 assert example.clicked_N[index] == any(gain > 0 for gain in gains[where].values())
+                refused = sum(gains[where].values()) < 0 and not example.clicked_N[index]
+                assert (index in example.refused) == refused
 
 
 def _slate_of(event: Click | Rating, slates: Sequence[Impression]) -> Impression | None:
