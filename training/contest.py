@@ -8,11 +8,11 @@ from numpy.typing import NDArray
 
 from tailrace.settings import Settings
 from training.calibration import fit_platt
-from training.evaluate import Evaluation, evaluate
+from training.evaluate import TOP, Evaluation, evaluate
 from training.examination import fit_examination, places_seen
 from training.examples import Example
 from training.item_moves import ItemMove, item_moves
-from training.judged_gains import fit_referee, judged_gains
+from training.judged_gains import fit_referee, judged_gains, referee_error
 from training.popularity import count_popularity
 from training.rescoring import BundleScorer, Floats, encode_texts, latency_ratio, score_beside
 
@@ -24,12 +24,16 @@ Progress = Callable[[str, int, int], None]  # what is under way, done, in all
 
 @dataclass(frozen=True)
 class Contest:
-    """How both did, how many times as long the challenger takes over a request, and the items it moves most."""
+    """How both did, how many times as long the challenger takes over a request, and the items it moves most.
+
+    `referee_error` is the standard error of their mean difference as judged that is the referee's.
+    """
 
     champion: Evaluation
     challenger: Evaluation
     latency_ratio: float
     moves: Sequence[ItemMove] = ()
+    referee_error: float = 0.0
 
 
 def compare(
@@ -90,7 +94,17 @@ def compare(
         holdout[:_TIMED],
         num_candidates=settings.ranker.num_candidates,
     )
-    return Contest(found[0], found[1], ratio, item_moves(holdout, champion_scores, challenger_scores))
+    unsure = referee_error(
+        told,
+        told_by_model[0],
+        told_by_model[1],
+        examination_K,
+        since=len(calibrate_on),
+        top=TOP,
+        seed=settings.training.seed,
+    )
+    moves = item_moves(holdout, champion_scores, challenger_scores)
+    return Contest(found[0], found[1], ratio, moves, unsure)
 
 
 def _shown(examples: Sequence[Example], scores: Sequence[Floats]) -> Floats:

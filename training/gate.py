@@ -13,6 +13,7 @@ Shapes: E examples, U readers, R resamples.
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import norm
 
 from tailrace.settings import GateSettings
 from training.evaluate import Evaluation
@@ -46,11 +47,13 @@ def decide(
     latency_ratio: float,
     settings: GateSettings,
     *,
+    referee_error: float = 0.0,
     seed: int = 0,
 ) -> Verdict:
     """Returns the verdict on a challenger evaluated on the same examples as the champion.
 
-    `latency_ratio` is of `training.rescoring.latency_ratio`. Parity is proved before: `training.export`.
+    `latency_ratio` is of `training.rescoring.latency_ratio`, `referee_error` of `training.judged_gains`: how unsure it
+    is what was not shown would have earned. Parity is proved before: `training.export`.
 
     Raises ValueError where the two were not: their slates that can tell differ.
     """
@@ -62,7 +65,7 @@ def decide(
         _at_least("enough slates", challenger.ranked, LEAST_RANKED, "slates with a gain: {:.0f}, at least {:.0f}"),
         _at_most("finite scores", own.not_finite, 0, "scores that are not finite: {:.0f}, at most {:.0f}"),
         _at_least("score spread", own.spread, settings.min_spread, "spread of scores in a slate {:.3g}, at least {:g}"),
-        *_ndcg_checks(champion, challenger, settings, seed),
+        *_ndcg_checks(champion, challenger, settings, referee_error, seed),
         _at_most(
             "popular items",
             own.popular_share - usual.popular_share,
@@ -83,7 +86,9 @@ def decide(
     return Verdict(promoted=not failed, reasons=failed or shown, checks=checks)
 
 
-def _ndcg_checks(champion: Evaluation, challenger: Evaluation, settings: GateSettings, seed: int) -> list[Check]:
+def _ndcg_checks(
+    champion: Evaluation, challenger: Evaluation, settings: GateSettings, referee_error: float, seed: int
+) -> list[Check]:
     """Whether the lower confidence bound of the mean paired difference of NDCG@10 lies above minus the margin.
 
     And whether the mean itself lies above minus what may be lost.
@@ -94,7 +99,9 @@ def _ndcg_checks(champion: Evaluation, challenger: Evaluation, settings: GateSet
         return [Check("ndcg_10", float("nan"), -settings.margin, False, "NDCG@10: no slate can tell")]
     differences_E = own_E - usual_E
     found = float(differences_E.mean())
-    lowest = _lowest_mean(differences_E, challenger.readers_E[tell_E], settings, seed)
+    # Two errors that know nothing of each other: which slates there happened to be, and who taught the referee.
+    by_slates = found - _lowest_mean(differences_E, challenger.readers_E[tell_E], settings, seed)
+    lowest = found - float(np.hypot(by_slates, norm.ppf(settings.confidence) * referee_error))
     return [
         Check(
             "ndcg_10",

@@ -38,6 +38,7 @@ Scores = Sequence[NDArray[np.floating]]
 _RIDGE = 1e-6  # only so that clicks which the scores tell apart for sure leave an answer
 _DOUBT = 1e-4  # the same of a challenger: where both say one thing of what was shown, the champion is believed
 _MOST_SEEN = 1 - 1e-6  # never for sure: a miss at a place that all look at has a chance
+_REFEREES = 12  # drawn to see how unsure one is
 _HARDLY_EVER = 0.01  # of what was shown, the part that the champion thought least of
 
 
@@ -132,6 +133,41 @@ def judged_gains(
         gains_N[: example.num_shown] = example.gains_N[: example.num_shown] / places_seen(example, seen_K)
         found.append(gains_N)
     return found
+
+
+def referee_error(
+    told: Sequence[Example],
+    champion_scores: Scores,
+    challenger_scores: Scores,
+    seen_K: Reals,
+    *,
+    since: int,
+    top: int,
+    seed: int,
+) -> float:
+    """Returns how unsure the mean difference of judged NDCG is for the referee's sake, as a standard error.
+
+    The difference is that of the examples from number `since` on; the referee is told by all. Of other readers there
+    would have been another referee: so readers are drawn again, and each draw's judges the same examples.
+    """
+    rng = np.random.default_rng([seed, 31])
+    _, reader_E = np.unique([one.user_id for one in told], return_inverse=True)
+    numbers = [np.flatnonzero(reader_E == reader) for reader in range(int(reader_E.max()) + 1)]
+    own, other = (
+        [of[: one.num_shown] for one, of in zip(told, scores, strict=True)]
+        for scores in (champion_scores, challenger_scores)
+    )
+    clicked = [one.clicked_N[: one.num_shown] for one in told]
+    seen = [places_seen(one, seen_K) for one in told]
+    held, champion, challenger = told[since:], champion_scores[since:], challenger_scores[since:]
+    found = []
+    for _ in range(_REFEREES):
+        drawn = np.concatenate([numbers[reader] for reader in rng.integers(len(numbers), size=len(numbers))])
+        referee = fit_referee(*(np.concatenate([of[index] for index in drawn]) for of in (own, other, clicked, seen)))
+        gains = judged_gains(held, champion, challenger, referee, seen_K)
+        usual_E, own_E = (judged_ndcgs(held, scores, gains, top) for scores in (champion, challenger))
+        found.append(float(np.nanmean(own_E - usual_E)))
+    return float(np.std(found, ddof=1))
 
 
 def judged_ndcgs(examples: Sequence[Example], scores: Scores, gains: Sequence[Reals], top: int) -> Reals:

@@ -180,7 +180,12 @@ def run_round(parts: RoundParts) -> RoundRecord:
                 # 6. Decide.
                 contest = this.contest
                 this.verdict = decide(
-                    contest.champion, contest.challenger, contest.latency_ratio, settings.gate, seed=training.seed
+                    contest.champion,
+                    contest.challenger,
+                    contest.latency_ratio,
+                    settings.gate,
+                    referee_error=contest.referee_error,
+                    seed=training.seed,
                 )
             if not this.verdict.promoted:
                 return end("rejected", "; ".join(this.verdict.reasons))

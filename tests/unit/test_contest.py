@@ -73,6 +73,10 @@ def test_who_knows_more_is_promoted_and_who_knows_less_is_not(log: list[Example]
     assert up.challenger.figures["log_loss"].mean < up.champion.figures["log_loss"].mean
     assert decide(up.champion, up.challenger, SOUND, GATE).promoted
     assert not decide(down.champion, down.challenger, SOUND, GATE).promoted
+    # What of the verdict rests on a referee is as sure as the referee, who is surer of models that differ less.
+    assert 0 < up.referee_error < 0.02
+    assert held(half, replace(half, noise=0.9), log).referee_error < up.referee_error / 2
+    assert not decide(up.champion, up.challenger, SOUND, GATE, referee_error=0.1).promoted
     # Slates that can tell are the same ones for both, and so are what is popular and what is new.
     assert (np.isfinite(up.champion.judged_E) == np.isfinite(up.challenger.judged_E)).all()
     assert up.champion.figures["novelty"].mean != up.challenger.figures["novelty"].mean
@@ -81,7 +85,7 @@ def test_who_knows_more_is_promoted_and_who_knows_less_is_not(log: list[Example]
 def test_a_model_is_its_own_equal(log: list[Example]) -> None:
     same = held(Weighing(1.0, 0.5), Weighing(1.0, 0.5), log)
     np.testing.assert_array_equal(same.champion.judged_E, same.challenger.judged_E)
-    assert same.champion.figures == same.challenger.figures
+    assert same.champion.figures == same.challenger.figures and same.referee_error == 0.0
 
 
 def test_scale_and_level_of_scores_are_calibrated_away_on_older_examples(log: list[Example]) -> None:

@@ -18,7 +18,7 @@ from training.evaluate import Evaluation, evaluate
 from training.examination import fit_examination
 from training.examples import Example
 from training.gate import Verdict, decide
-from training.judged_gains import NOTHING_EXPECTED, Referee, fit_referee, judged_gains
+from training.judged_gains import NOTHING_EXPECTED, Referee, fit_referee, judged_gains, referee_error
 from training.popularity import Popularity
 
 Reals = NDArray[np.float64]
@@ -137,9 +137,10 @@ def judge(
 
 def try_challenger(champion: Scores, challenger: Scores, worth: Scores, count: int = 1200, seed: int = 0) -> Trial:
     examples, parts, chances = log_slates(champion, worth, count, seed)
-    judged = judge(examples, *([scores(of) for of in parts] for scores in (champion, challenger)))
+    said = [[scores(of)[: SHOWN + UNSHOWN] for of in parts] for scores in (champion, challenger)]
+    unsure = referee_error(examples, *said, SEEN_K, since=0, top=10, seed=seed)
     gain = clicks_earned(challenger, parts, chances) / clicks_earned(champion, parts, chances) - 1
-    return Trial(decide(*judged, SOUND, GATE), gain)
+    return Trial(decide(*judge(examples, *said), SOUND, GATE, referee_error=unsure), gain)
 
 
 def both(of: Parts) -> Reals:
