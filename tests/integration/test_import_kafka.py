@@ -20,6 +20,7 @@ from kafka import TopicPartition
 from stream.broker import LocalKafka
 from tailrace.cli import main
 from tailrace.events import decode_event
+from tailrace.features import FEATURE_NAMES_HASH
 from tailrace.ids import ModelVersion, UserId
 from tailrace.items import decode_item
 from tailrace.kafka_clients import create_topics, open_consumer, partition_of
@@ -27,6 +28,7 @@ from tailrace.registry import Registry
 from tailrace.settings import KafkaSettings, load_settings
 from tailrace.stores import open_store
 from tailrace.stores.store import Batch, Offset
+from tailrace.text import TEXT_VERSION
 from tailrace.topics import tailrace_topics
 from tests.servers import hear_interrupts
 
@@ -241,8 +243,8 @@ def test_promotion_and_rollback_are_announced(place: Place, tmp_path: Path) -> N
         "base_model": "tiny",
         "split_layer": 3,
         "item_states": 4,
-        "feature_names_hash": "abc",
-        "text_version": 1,
+        "feature_names_hash": FEATURE_NAMES_HASH,
+        "text_version": TEXT_VERSION,
         "precisions": ["int8"],
     }
     (source / "model.json").write_text(json.dumps(card))
