@@ -1,9 +1,8 @@
 """What training learns from: impressions joined with what became of them. Pure.
 
 Late labels: an impression is an example `wait_s` after it was shown, and each says which share of its clicks will have
-arrived by then (`training.arrival`), so that what is yet to come is not taken for a "no". A listwise loss looks only
-at slates with a positive and at what was clicked of them in comparison. Re-weighted duplicates, the alternative, would
-teach a "no" first and take it back a round later.
+arrived by the cut-off (`training.arrival`), so that what is yet to come is not taken for a "no". Re-weighted
+duplicates, the alternative, would teach a "no" first and take it back a round later.
 
 All times in the join are event times. N candidates, F features.
 """

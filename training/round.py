@@ -87,7 +87,8 @@ def run_round(parts: RoundParts) -> RoundRecord:
     """Returns what became of the round, which the registry's rounds and the report say too.
 
     Raises NothingToLearn where there is too little fresh feedback, RoundRunning where another round runs on this
-    machine, Pinned where nothing could be promoted. Whatever goes wrong is recorded as a failed round, and raised.
+    machine, Pinned where nothing could be promoted, BundleError where nothing serves yet or another canary is on trial.
+    Whatever else goes wrong is recorded as a failed round, and raised.
     """
     settings, training = parts.settings, parts.settings.training
     rounds = settings.path("rounds")
@@ -117,6 +118,7 @@ def run_round(parts: RoundParts) -> RoundRecord:
             return end_round(this, parts.rounds, training, outcome, reason, parts.now())
 
         try:
+            _keep_plan(this)
             with _timed(this, parts, "read"):
                 # 2. The feedback, joined, and how much of it is yet to come; then cut by time, because that is how the
                 # model will meet it.
@@ -124,7 +126,6 @@ def run_round(parts: RoundParts) -> RoundRecord:
                 arrival = fit_arrival([*fresh, *replay], plan.window.cutoff_ms)
                 fresh, replay = (with_arrival(one, arrival, plan.window.cutoff_ms) for one in (fresh, replay))
                 this.replayed, this.split = len(replay), split_by_time(fresh, training)
-            _keep_plan(this)
             with _timed(this, parts, "learn"):
                 # 3. Learn, from the serving weights.
                 ranker, tokenizer, card = load_ranker(champion_folder)

@@ -111,12 +111,10 @@ def record_failure(
     rounds: RoundLog, version: ModelVersion, parent: ModelVersion, reason: str, began: datetime, now: datetime
 ) -> None:
     """Records a round that failed before or beyond its steps, so that it is seen where others are."""
-    failed: Outcome = "failed"
-    record = RoundRecord(version=version, parent=parent, outcome=failed, reason=reason, started_at=began, ended_at=now)
-    try:
-        rounds.append(record)
-    except FileExistsError:  # killed after it was written: what it said stands
-        log.warning("the round is recorded already", version=version)
+    _append(
+        rounds,
+        RoundRecord(version=version, parent=parent, outcome="failed", reason=reason, started_at=began, ended_at=now),
+    )
 
 
 def end_round(
@@ -142,10 +140,7 @@ def end_round(
         metrics=figures,
         report=_report(this, f"{outcome}: {reason}"),
     )
-    try:
-        rounds.append(record)
-    except FileExistsError:  # killed after it was written, and taken up again: what it said stands
-        log.warning("the round is recorded already", version=record.version)
+    _append(rounds, record)
     # The bundle is in the registry or nowhere; without its plan a round is not taken up again.
     (this.folder / PLAN_FILE).unlink(missing_ok=True)
     shutil.rmtree(this.folder / "bundle", ignore_errors=True)
@@ -154,6 +149,13 @@ def end_round(
     _conclude(this, record, training)
     log.info("round ended", version=record.version, outcome=outcome, reason=reason, took_s=this.took_s)
     return record
+
+
+def _append(rounds: RoundLog, record: RoundRecord) -> None:
+    try:
+        rounds.append(record)
+    except FileExistsError:  # killed after it was written, and taken up again: what it said stands
+        log.warning("the round is recorded already", version=record.version)
 
 
 def _conclude(this: Round, record: RoundRecord, training: TrainingSettings) -> None:

@@ -126,18 +126,15 @@ def watch(
     settings: Settings,
     *,
     stop: threading.Event,
-    url: str = "",
-    registry: Registry | None = None,
     decided: Decided = lambda version, judgement: None,
     interval_s: float = _INTERVAL_S,
 ) -> None:
     """Watches until `stop` is set; a look takes `interval_s`. Feedback counts from now on.
 
-    Gateway and registry are those of the settings, unless others are named. Whatever does not answer is waited for:
-    Kafka, the gateway, the registry.
+    Whatever does not answer is waited for: Kafka, the gateway, the registry.
     """
-    watched, registry = Watch(settings.gate), registry or open_registry(settings)
-    url = url or f"http://{settings.gateway.host}:{settings.gateway.port}"
+    watched, registry = Watch(settings.gate), open_registry(settings)
+    url = f"http://{settings.gateway.host}:{settings.gateway.port}"
     with httpx.Client(base_url=url, timeout=_HTTP_TIMEOUT_S) as client:
         while not stop.is_set():
             try:

@@ -91,7 +91,7 @@ def test_clicks_become_a_challenger_that_serves_its_share_without_a_restart(scen
         job.join(60)
     assert open_round_log(settings).newest(1) == [record]
     scene.registry.rollback()
-    until(scene.statuses, lambda found: all(one["canary"] is None for one in found), timeout_s=60)
+    until(scene.statuses, lambda found: [one["canary"] for one in found] == [None, None], timeout_s=60)
 
 
 def test_round_with_too_little_feedback_changes_nothing_and_says_so(scene: Scene) -> None:

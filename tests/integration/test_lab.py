@@ -33,20 +33,24 @@ def settings(tmp_path: Path) -> Settings:
     )
 
 
-def test_lab_lives_its_days_with_a_round_between_them_and_knows_what_each_arm_was_worth(
-    settings: Settings, tmp_path: Path
-) -> None:
-    told: list[str] = []
-    run = run_lab(
-        tmp_path / "lab",
+def live(folder: Path, habits: Habits, settings: Settings, days: int, told: list[str]) -> LabRun:
+    return run_lab(
+        folder,
         load_books(),
-        HABITS,
+        habits,
         settings,
-        days=2,
+        days=days,
         seed=0,
         progress=lambda step, done, total: None,
         tell=told.append,
     )
+
+
+def test_lab_lives_its_days_with_a_round_between_them_and_knows_what_each_arm_was_worth(
+    settings: Settings, tmp_path: Path
+) -> None:
+    told: list[str] = []
+    run = live(tmp_path / "lab", HABITS, settings, 2, told)
     assert [day.day for day in run.days] == [0, 1] and len(run.rounds) == 1
     assert run.rounds[0].outcome in ("promoted", "rejected") and run.rounds[0].fresh > 20
     for day in run.days:
@@ -59,25 +63,12 @@ def test_lab_lives_its_days_with_a_round_between_them_and_knows_what_each_arm_wa
 
 def test_lab_begins_with_version_0_whatever_an_earlier_run_has_left(settings: Settings, tmp_path: Path) -> None:
     folder, habits = tmp_path / "lab", Habits(readers=12, visits_a_day=2)
-
-    def run() -> LabRun:
-        return run_lab(
-            folder,
-            load_books(),
-            habits,
-            settings,
-            days=1,
-            seed=0,
-            progress=lambda step, done, total: None,
-            tell=lambda line: None,
-        )
-
-    first = run()
+    first = live(folder, habits, settings, 1, [])
     registry = Registry(str(folder / "registry"))
     registry.export(ModelVersion("v0"), tmp_path / "v0")
     registry.publish(tmp_path / "v0", version=ModelVersion("v9"))
     registry.promote(ModelVersion("v9"))
-    again = run()
+    again = live(folder, habits, settings, 1, [])
     pointer = registry.pointer()
     assert pointer is not None and pointer.champion == "v0" and registry.versions() == ["v0"]
     assert [day.arms for day in again.days] == [day.arms for day in first.days]

@@ -62,7 +62,6 @@ class Replicas:
                 pass
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def tell(self, version: str, requests: int, *, errors: int = 0) -> None:
@@ -84,7 +83,7 @@ def replicas() -> Iterator[Replicas]:
 
 
 @pytest.fixture
-def settings(kafka: LocalKafka, tmp_path: Path) -> Settings:
+def settings(kafka: LocalKafka, replicas: Replicas, tmp_path: Path) -> Settings:
     prefix = f"watchdog-{uuid4().hex[:8]}-"
     found = load_settings(
         None,
@@ -92,6 +91,7 @@ def settings(kafka: LocalKafka, tmp_path: Path) -> Settings:
         data_dir=str(tmp_path),
         kafka={"bootstrap_servers": kafka.bootstrap_servers, "topic_prefix": prefix, "user_partitions": 2},
         gate={"canary_impressions": 60},
+        gateway={"port": replicas.server.server_port},
     )
     create_topics(found.kafka)
     return found
@@ -111,11 +111,11 @@ def registry(settings: Settings, tmp_path: Path) -> Registry:
 
 
 @contextmanager
-def watching(settings: Settings, registry: Registry, replicas: Replicas) -> Iterator[list[tuple[str, Judgement]]]:
+def watching(settings: Settings, replicas: Replicas) -> Iterator[list[tuple[str, Judgement]]]:
     """Gives what the watchdog decides, which has begun to listen."""
     decided: list[tuple[str, Judgement]] = []
     stop = threading.Event()
-    options: dict[str, Any] = {"url": replicas.url, "registry": registry, "stop": stop, "interval_s": 0.1}
+    options: dict[str, Any] = {"stop": stop, "interval_s": 0.1}
     options["decided"] = lambda version, judgement: decided.append((version, judgement))
     thread = threading.Thread(target=watch, args=(settings,), kwargs=options)
     thread.start()
@@ -189,7 +189,7 @@ def test_canary_is_promoted_or_rolled_back_by_the_clicks_it_gets(
     settings: Settings, registry: Registry, replicas: Replicas, rate: float, action: str, champion: str
 ) -> None:
     registry.start_canary(V2, 0.4)
-    with watching(settings, registry, replicas) as decided:
+    with watching(settings, replicas) as decided:
         live(settings, registry, {V1: 0.2, V2: rate})
         wait_until(lambda: len(decided) > 0)
         wait_until(lambda: len(announced(settings)) == 1)
@@ -205,7 +205,7 @@ def test_canary_is_promoted_or_rolled_back_by_the_clicks_it_gets(
 def test_refused_canary_is_rolled_back(settings: Settings, registry: Registry, replicas: Replicas) -> None:
     registry.start_canary(V2, 0.4)
     replicas.told["refused"] = {"v2": "v2 makes item vectors that are not finite"}
-    with watching(settings, registry, replicas) as decided:
+    with watching(settings, replicas) as decided:
         wait_until(lambda: len(decided) > 0)
     assert decided[0][1].reason == "refused: v2 makes item vectors that are not finite"
     pointer = registry.pointer()
@@ -217,7 +217,7 @@ def test_champion_just_promoted_is_rolled_back_when_it_fails_as_the_one_before_d
     settings: Settings, registry: Registry, replicas: Replicas
 ) -> None:
     replicas.tell("v1", 1000, errors=2)
-    with watching(settings, registry, replicas) as decided:
+    with watching(settings, replicas) as decided:
         replicas.tell("v1", 1500, errors=3)
         registry.promote(V2)
         for requests in range(0, 100_000, 20):  # whenever the watchdog notices, there is more to come
@@ -237,7 +237,7 @@ def test_champion_just_promoted_is_rolled_back_when_it_fails_as_the_one_before_d
 
 def test_gateway_that_does_not_answer_is_waited_for(settings: Settings, registry: Registry, replicas: Replicas) -> None:
     registry.start_canary(V2, 0.4)
-    with watching(settings, registry, replicas) as decided:
+    with watching(settings, replicas) as decided:
         good, replicas.told = replicas.told, {"no": "status"}
         replicas.asked.clear()
         assert replicas.asked.wait(10)
@@ -247,14 +247,14 @@ def test_gateway_that_does_not_answer_is_waited_for(settings: Settings, registry
 
 
 def test_canary_begun_by_hand_is_taken_back_by_whoever_watches(
-    settings: Settings, registry: Registry, replicas: Replicas, tmp_path: Path
+    settings: Settings, registry: Registry, tmp_path: Path
 ) -> None:
     file = tmp_path / "tailrace.toml"
     file.write_text(
         f'data_dir = "{settings.data_dir}"\n'
         f'[kafka]\nbootstrap_servers = "{settings.kafka.bootstrap_servers}"\n'
         f'topic_prefix = "{settings.kafka.topic_prefix}"\nuser_partitions = 2\n'
-        f"[gateway]\nport = {replicas.server.server_port}\n[gate]\nmax_canary_s = 0.5\n"
+        f"[gateway]\nport = {settings.gateway.port}\n[gate]\nmax_canary_s = 0.5\n"
     )
     registry.start_canary(V2, 0.3)
     command = [sys.executable, "-m", "tailrace.cli", "--settings", str(file), "watch"]

@@ -89,13 +89,14 @@ def test_a_model_is_its_own_equal(log: list[Example]) -> None:
 
 
 def test_scale_and_level_of_scores_are_calibrated_away_on_older_examples(log: list[Example]) -> None:
-    usual, odd = held(Weighing(1.5, 0.0), Weighing(15.0, 0.0), log), held(Weighing(1.5, 0.0), Weighing(1.5, 0.0), log)
-    assert usual.challenger.figures["log_loss"].mean == pytest.approx(odd.challenger.figures["log_loss"].mean, rel=1e-3)
+    usual, steep = (held(Weighing(1.5, 0.0), Weighing(known, 0.0), log) for known in (1.5, 15.0))
+    expected = usual.challenger.figures["log_loss"].mean
+    assert steep.challenger.figures["log_loss"].mean == pytest.approx(expected, rel=1e-3)
     assert usual.challenger.figures["calibration_error"].mean < 0.06
     # Of what it is judged on calibration knows nothing: with all older clicks gone it expects none.
     silent = [replace(one, clicked_N=np.zeros_like(one.clicked_N)) for one in log[:OLDER]]
     told = held(Weighing(1.5, 0.0), Weighing(1.5, 0.0), [*silent, *log[OLDER:]])
-    assert told.challenger.figures["log_loss"].mean > 1.5 * usual.challenger.figures["log_loss"].mean
+    assert told.challenger.figures["log_loss"].mean > 1.5 * expected
 
 
 def test_what_was_not_shown_counts_in_the_verdict(log: list[Example]) -> None:

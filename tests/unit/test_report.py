@@ -125,9 +125,10 @@ def test_no_users_text_stands_in_a_report(pages: tuple[Path, Path]) -> None:
 def test_a_refusal_says_which_check_failed(facts: RoundFacts, tmp_path: Path) -> None:
     assert facts.judged is not None
     verdict = decide(*reversed(facts.judged), float("nan"), GateSettings())
-    markdown, _ = write_report(tmp_path, replace(facts, verdict=verdict, history=[], moves=(), notes=()))
+    ended = f"rejected: {'; '.join(verdict.reasons)}"
+    markdown, _ = write_report(tmp_path, replace(facts, ended=ended, verdict=verdict, history=[], moves=(), notes=()))
     text = markdown.read_text().replace("\\", "")
-    assert "time to score" in text and "| FAILED | latency |" in text
+    assert "rejected: NDCG@10" in text and "time to score" in text and "| FAILED | latency |" in text
     assert "loss.png" not in text and "Notes" not in text
 
 
