@@ -33,6 +33,7 @@ from training.learner import (
     Learner,
     feature_units,
     put_learned,
+    silence_flat,
     to_raw_units,
     to_standard_units,
 )
@@ -45,7 +46,7 @@ from training.team import ALONE, Team
 from training.trackers import Facts
 
 MOST_PLACES = 50  # places of a slate with a bias of their own; further ones share the last
-_METHOD = 5  # rises where what is learned from the same examples changes: older checkpoints are then left alone
+_METHOD = 6  # rises where what is learned from the same examples changes: older checkpoints are then left alone
 
 
 @dataclass(frozen=True)
@@ -120,11 +121,13 @@ def fine_tune(
         lessons = choose_lessons(train, replay, silent_share=settings.silent_share, seed=settings.seed)
         if not lessons:
             raise ValueError("no example to learn from")
-        units = feature_units(ranker.head, np.concatenate([lesson.example.features_NF for lesson in lessons]))
+        features_RF = np.concatenate([lesson.example.features_NF for lesson in lessons])
+        units = feature_units(ranker.head, features_RF)
 
         # 2. The parent, in those units: what learns is a copy of it, whose upper layers do.
         first_layer = max(len(ranker.bert.stack) - settings.trainable_layers, ranker.split_layer)
         parent = copy.deepcopy(ranker).to(device)
+        silence_flat(parent.head, features_RF)
         to_standard_units(parent.head, *units)
         as_parent = Learner(parent, first_layer, num_positions=1)
 

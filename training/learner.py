@@ -105,18 +105,29 @@ def put_learned(ranker: SplitRanker, learned: Mapping[str, Tensor]) -> None:
 def feature_units(head: Head, features_RF: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Returns the mean and the standard deviation [F] by which features become standard.
 
-    The first round takes them from its examples. Later ones keep what is there, for the weights of the head's inner
-    layer mean so much per unit: with other units they would be another function, and the warm start would be lost.
+    A feature's come from the first round in which it varies. Later ones keep what is there, for the weights of the
+    head's inner layer mean so much per unit: with other units they would be another function, and the warm start would
+    be lost.
     """
     mean, std = head.feature_mean.cpu().double().numpy(), head.feature_std.cpu().double().numpy()
-    if mean.any() or (std != 1).any() or not len(features_RF):
+    if not len(features_RF):
         return mean, std
     found = features_RF.astype(np.float64)
-    std = found.std(0)
+    found_std = np.where(_flat(features_RF), 1.0, found.std(0))
     # Rounded to what the head will hold, so that both coordinates agree.
-    return found.mean(0).astype(np.float32).astype(np.float64), np.where(std < _FLAT, 1.0, std).astype(
-        np.float32
-    ).astype(np.float64)
+    found_mean, found_std = (one.astype(np.float32).astype(np.float64) for one in (found.mean(0), found_std))
+    new_F = np.full(len(mean), True) if _without_units(head) else _silent(head)
+    return np.where(new_F, found_mean, mean), np.where(new_F, found_std, std)
+
+
+def silence_flat(head: Head, features_RF: NDArray[np.float32]) -> None:
+    """Takes the network's initial weights, in place and before it has learned, from features that do not vary.
+
+    Nothing will teach those weights before the feature changes, on the first weekend say; and on that day they would
+    be heard, whatever they happen to be. At 0 they stay as they are until there is something to learn.
+    """
+    if _without_units(head) and len(features_RF):
+        _feature_columns(head)[:, torch.from_numpy(_flat(features_RF))] = 0.0
 
 
 def to_standard_units(head: Head, mean: NDArray[np.float64], std: NDArray[np.float64]) -> None:
@@ -140,6 +151,27 @@ def to_raw_units(head: Head, mean: NDArray[np.float64], std: NDArray[np.float64]
 
 def _of_adapter(name: str) -> bool:
     return any(part in name.split(".") for part in ("plain", "up", "down"))
+
+
+def _without_units(head: Head) -> bool:
+    """Whether no round has learned yet, so that the inner layer's weights are whatever they were drawn as."""
+    return not head.feature_mean.any() and bool((head.feature_std == 1).all())
+
+
+def _flat(features_RF: NDArray[np.float32]) -> NDArray[np.bool_]:
+    flat_F: NDArray[np.bool_] = features_RF.astype(np.float64).std(0) < _FLAT
+    return flat_F
+
+
+def _silent(head: Head) -> NDArray[np.bool_]:
+    """Returns which features [F] the network makes nothing of, because they have not varied yet."""
+    silent_F: NDArray[np.bool_] = (_feature_columns(head) == 0).all(0).cpu().numpy()
+    return silent_F
+
+
+def _feature_columns(head: Head) -> Tensor:
+    """Returns the inner layer's weights of features, a view [W,F] of them: W is its width."""
+    return head.inner.weight.detach()[:, -len(head.prior) :]
 
 
 def _set_units(head: Head, mean: NDArray[np.float64], std: NDArray[np.float64]) -> None:

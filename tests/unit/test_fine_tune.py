@@ -670,6 +670,29 @@ def test_units_are_taken_from_the_first_round_and_kept_after_it(tmp_path: Path) 
     assert torch.equal(second.head.feature_std, first.head.feature_std)
 
 
+def test_what_has_never_varied_says_nothing_until_it_does(tmp_path: Path) -> None:
+    def with_rank(examples: Sequence[Example], value: float | None) -> list[Example]:
+        changed = []
+        for number, one in enumerate(examples):
+            features = one.features_NF.copy()
+            features[:, RANK] = number % 2 if value is None else value
+            changed.append(Example(**{name: getattr(one, name) for name in one.__slots__} | {"features_NF": features}))
+        return changed
+
+    train, stop = make_examples(100, by_cosine), make_examples(30, by_cosine, seed=2)
+    first = learn(tmp_path / "1", with_rank(train, 0.0), with_rank(stop, 0.0)).ranker
+    column = first.head.inner.weight[:, RANK - len(FEATURE_NAMES)]
+    assert not column.any() and first.head.outer.weight.any()
+    prior = first.head.prior[RANK].item()
+    for usual, unheard in zip(score(first, with_rank(stop, 0.0)), score(first, with_rank(stop, 1.0)), strict=True):
+        torch.testing.assert_close(unheard, usual + prior, atol=1e-4, rtol=1e-4)
+
+    second = learn(tmp_path / "2", with_rank(train, None), with_rank(stop, None), ranker=first).ranker
+    assert second.head.inner.weight[:, RANK - len(FEATURE_NAMES)].any(), "once it varies, it is learned from"
+    assert second.head.feature_std[RANK] == pytest.approx(0.5, abs=0.01), "in units of its own"
+    assert second.head.feature_std[COSINE] == first.head.feature_std[COSINE]
+
+
 def test_replay_keeps_the_new_model_near_its_parent(tmp_path: Path) -> None:
     def least(features: np.ndarray, texts: Sequence[str], rng: np.random.Generator) -> np.ndarray:
         return np.asarray(np.arange(len(texts)) == features[:6, COSINE].argmin())
