@@ -14,6 +14,9 @@ limit theory and asymptotic confidence sequences", Annals of Statistics 52(6), 2
 variance is taken between groups of users (Chamandy, Muralidharan and Wager, "Teaching statistics at Google scale",
 The American Statistician 69(4), 2015), not between impressions.
 
+A champion just promoted is judged by how the one before it did: on failures of the model itself, and on clicks, where
+twice the loss is allowed. The two did not serve at the same time, and the hour changes what people click.
+
 A canary always ends: what is still open after four times the planned impressions is decided by the estimate, and one
 that nobody meets is taken back in time (`gate.max_canary_s`).
 """
@@ -34,6 +37,8 @@ _MIN_IMPRESSIONS = 50  # before clicks are judged
 _MIN_GROUPS = 8
 _MIN_TIMED = 100  # requests before medians are compared
 _PATIENCE = 4  # times the planned impressions
+_PROBATION_REQUESTS = 1000
+_APART = 2.0  # times the loss of clicks that is allowed, where the two did not serve at the same time
 
 Counts = NDArray[np.int64]
 
@@ -89,7 +94,7 @@ def judge(champion: Evidence, canary: Evidence, gate: GateSettings) -> Judgement
     if harm:
         return Judgement("rollback", harm)
     # 2. Clicks: lost for sure, or kept for sure.
-    kept = _clicks_kept(champion, canary, gate)
+    kept = _clicks_kept(champion, canary, gate.max_click_loss, gate)
     rates = f"click rate {_rate(canary):.4f}, the champion's {_rate(champion):.4f}, {canary.impressions} impressions"
     if kept is not None and kept.surely_below_zero:
         return Judgement("rollback", f"loses more than {gate.max_click_loss:.0%} of the clicks: {rates}")
@@ -105,10 +110,16 @@ def judge(champion: Evidence, canary: Evidence, gate: GateSettings) -> Judgement
     return Judgement("promote", f"no loss of clicks was found: {rates}")
 
 
+def on_probation(champion: Evidence, gate: GateSettings) -> bool:
+    """Returns whether a champion just promoted has yet to answer, or to show, as much as it is judged by."""
+    return champion.requests < _PROBATION_REQUESTS or champion.impressions < _PATIENCE * gate.canary_impressions
+
+
 def judge_fresh(before: Evidence, champion: Evidence, gate: GateSettings) -> Judgement:
     """Returns whether a champion just promoted must go, going by the rates of the one before, as remembered.
 
-    Only failures of the model itself count: the two did not serve at the same time, and load is nobody's fault.
+    Both are settled evidence (`training.live_evidence`). Requests that missed the top rung and the time they took are
+    not held against it: load is nobody's fault.
     """
     if champion.refused:
         return Judgement("rollback", f"refused: {champion.refused}")
@@ -116,6 +127,11 @@ def judge_fresh(before: Evidence, champion: Evidence, gate: GateSettings) -> Jud
     if more is not None and more.surely_above_zero:
         shares = f"{champion.errors} of {champion.requests} requests; before, {before.errors} of {before.requests}"
         return Judgement("rollback", f"the model fails too often: {shares}")
+    may_lose = min(_APART * gate.max_click_loss, 1.0)
+    kept = _clicks_kept(before, champion, may_lose, gate)
+    if kept is not None and kept.surely_below_zero:
+        rates = f"click rate {_rate(champion):.4f}, before {_rate(before):.4f}, {champion.impressions} impressions"
+        return Judgement("rollback", f"loses more than {may_lose:.0%} of the clicks: {rates}")
     return Judgement("wait", f"{champion.errors} of {champion.requests} requests failed")
 
 
@@ -151,15 +167,15 @@ def _share_variance(hits: int, count: int) -> float:
     return share * (1.0 - share) / count
 
 
-def _clicks_kept(champion: Evidence, canary: Evidence, gate: GateSettings) -> _Difference | None:
-    """Returns by how much the canary's click rate exceeds what it must keep; None with too little to go by."""
-    for one in (champion, canary):
+def _clicks_kept(usual: Evidence, new: Evidence, may_lose: float, gate: GateSettings) -> _Difference | None:
+    """Returns by how much the new version's click rate exceeds what it must keep; None with too little to go by."""
+    for one in (usual, new):
         if one.impressions < _MIN_IMPRESSIONS or np.count_nonzero(one.shown_G) < _MIN_GROUPS:
             return None
-    must_keep = 1.0 - gate.max_click_loss
-    estimate = _rate(canary) - must_keep * _rate(champion)
-    variance = _rate_variance(canary) + must_keep**2 * _rate_variance(champion)
-    return _Difference(estimate, math.sqrt(variance) * _always_valid(canary.impressions, gate))
+    must_keep = 1.0 - may_lose
+    estimate = _rate(new) - must_keep * _rate(usual)
+    variance = _rate_variance(new) + must_keep**2 * _rate_variance(usual)
+    return _Difference(estimate, math.sqrt(variance) * _always_valid(new.impressions, gate))
 
 
 def _rate(evidence: Evidence) -> float:

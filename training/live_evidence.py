@@ -2,10 +2,15 @@
 
 Everything is bounded: impressions that wait for their clicks, clicks that came before their impression, and the
 versions remembered. Users are counted in groups, by a hash of their id.
+
+Versions that serve side by side are compared by what has been clicked so far: both lack the clicks that are yet to
+come. Versions that served one after the other are not: there each impression is given the same time (`SETTLED_S`), or
+the newer one would always seem to lose.
 """
 
-from collections import OrderedDict
-from collections.abc import Sequence
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
@@ -15,6 +20,8 @@ import numpy as np
 from tailrace.events import Action, Click, Impression
 from tailrace.ids import ItemId, ModelVersion, RequestId, UserId
 from training.judgement import GROUPS, Counts, Evidence
+
+SETTLED_S = 60.0
 
 _MAX_WAITING = 20_000  # impressions, and as many early clicks
 _MAX_VERSIONS = 16
@@ -48,14 +55,25 @@ _NOTHING = VersionCounts(requests=0, below_top=0, errors=0, score_p50_ms=None)
 
 
 @dataclass
+class _Clicks:
+    impressions: int = 0
+    shown_G: Counts = field(default_factory=lambda: np.zeros(GROUPS, np.int64))
+    clicked_G: Counts = field(default_factory=lambda: np.zeros(GROUPS, np.int64))
+
+    def add(self, group: int, shown: int, clicked: int = 0) -> None:
+        self.impressions += 1
+        self.shown_G[group] += shown
+        self.clicked_G[group] += clicked
+
+
+@dataclass
 class _Version:
     requests: int = 0
     below_top: int = 0
     errors: int = 0
     score_p50_ms: float | None = None
-    impressions: int = 0
-    shown_G: Counts = field(default_factory=lambda: np.zeros(GROUPS, np.int64))
-    clicked_G: Counts = field(default_factory=lambda: np.zeros(GROUPS, np.int64))
+    so_far: _Clicks = field(default_factory=_Clicks)
+    settled: _Clicks = field(default_factory=_Clicks)
     refused: str = ""
 
 
@@ -66,14 +84,18 @@ class _Shown:
     version: ModelVersion
     group: int
     items: set[ItemId]
+    num_shown: int
+    since_s: float
 
 
 class LiveEvidence:
     """Counts by version since the last `begin`. One thread uses it."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock_s: Callable[[], float] = time.monotonic) -> None:
+        self._clock_s = clock_s
         self._versions: OrderedDict[ModelVersion, _Version] = OrderedDict()
         self._waiting: OrderedDict[RequestId, _Shown] = OrderedDict()
+        self._unsettled: deque[_Shown] = deque()  # oldest first
         self._early: OrderedDict[tuple[RequestId, ItemId], None] = OrderedDict()
         self._told: dict[tuple[str, ModelVersion], VersionCounts] = {}
 
@@ -81,34 +103,35 @@ class LiveEvidence:
         """Forgets all counts; what replicas have counted so far belongs to the past."""
         self._versions.clear()
         self._waiting.clear()
+        self._unsettled.clear()
         self._early.clear()
 
-    def of(self, version: ModelVersion) -> Evidence:
-        """Returns the evidence on a version."""
+    def so_far(self, version: ModelVersion) -> Evidence:
+        """Returns the evidence on a version, for comparison with one that serves at the same time."""
         found = self._versions.get(version, _Version())
-        return Evidence(
-            requests=found.requests,
-            below_top=found.below_top,
-            errors=found.errors,
-            score_p50_ms=found.score_p50_ms,
-            impressions=found.impressions,
-            shown_G=found.shown_G.copy(),
-            clicked_G=found.clicked_G.copy(),
-            refused=found.refused,
-        )
+        return _evidence(found, found.so_far)
+
+    def settled(self, version: ModelVersion) -> Evidence:
+        """Returns the evidence on a version, for comparison with one that served at another time.
+
+        Of impressions those shown `SETTLED_S` ago or earlier count, with the clicks that each had by then.
+        """
+        self._settle()
+        found = self._versions.get(version, _Version())
+        return _evidence(found, found.settled)
 
     def add_impression(self, impression: Impression) -> None:
         """Counts what was shown. The same impression again changes nothing while the first still waits for clicks."""
         request_id = impression.request_id
         if request_id in self._waiting:
             return
-        shown = _Shown(
-            impression.model_version, _group(impression.user_id), {ranked.item_id for ranked in impression.shown}
-        )
-        version = self._version(shown.version)
-        version.impressions += 1
-        version.shown_G[shown.group] += len(shown.items)
+        self._settle()
+        items = {ranked.item_id for ranked in impression.shown}
+        shown = _Shown(impression.model_version, _group(impression.user_id), items, len(items), self._clock_s())
+        self._version(shown.version).so_far.add(shown.group, shown.num_shown)
         self._waiting[request_id] = shown
+        if len(self._unsettled) < _MAX_WAITING:  # of more than that in so short a time, those first shown stand for all
+            self._unsettled.append(shown)
         for item_id in list(shown.items):
             if self._early.pop((request_id, item_id), False) is None:
                 self._count_click(shown, item_id)
@@ -119,6 +142,7 @@ class LiveEvidence:
         """Counts a click for the impression it names: an item's first, and only what is a good sign."""
         if click.request_id is None or click.action not in _GOOD:
             return
+        self._settle()
         shown = self._waiting.get(click.request_id)
         if shown is not None:
             self._count_click(shown, click.item_id)
@@ -159,12 +183,32 @@ class LiveEvidence:
     def _count_click(self, shown: _Shown, item_id: ItemId) -> None:
         if item_id in shown.items:
             shown.items.remove(item_id)
-            self._version(shown.version).clicked_G[shown.group] += 1
+            self._version(shown.version).so_far.clicked_G[shown.group] += 1
+
+    def _settle(self) -> None:
+        until_s = self._clock_s() - SETTLED_S
+        while self._unsettled and self._unsettled[0].since_s <= until_s:
+            shown = self._unsettled.popleft()
+            clicked = shown.num_shown - len(shown.items)
+            self._version(shown.version).settled.add(shown.group, shown.num_shown, clicked)
 
     def _version(self, version: ModelVersion) -> _Version:
         if version not in self._versions and len(self._versions) >= _MAX_VERSIONS:
             self._versions.popitem(last=False)
         return self._versions.setdefault(version, _Version())
+
+
+def _evidence(found: _Version, clicks: _Clicks) -> Evidence:
+    return Evidence(
+        requests=found.requests,
+        below_top=found.below_top,
+        errors=found.errors,
+        score_p50_ms=found.score_p50_ms,
+        impressions=clicks.impressions,
+        shown_G=clicks.shown_G.copy(),
+        clicked_G=clicks.clicked_G.copy(),
+        refused=found.refused,
+    )
 
 
 def _group(user_id: UserId) -> int:

@@ -25,13 +25,12 @@ from tailrace.pointer import Pointer
 from tailrace.registry import Registry, announce, open_registry
 from tailrace.settings import GateSettings, KafkaSettings, Settings
 from tailrace.topics import tailrace_topics
-from training.judgement import NO_EVIDENCE, Evidence, Judgement, judge, judge_fresh
+from training.judgement import NO_EVIDENCE, Evidence, Judgement, judge, judge_fresh, on_probation
 from training.live_evidence import LiveEvidence, ModelsPage
 
 log = structlog.get_logger()
 
 _INTERVAL_S = 1.0  # between two looks
-_FRESH_REQUESTS = 1000  # a champion that has answered as many is no longer on probation
 _HTTP_TIMEOUT_S = 5.0
 _ROLES = ("impressions", "clicks")
 _MAX_REMEMBERED = 4
@@ -57,7 +56,7 @@ class Watch:
         if last is not None and last.generation == pointer.generation:
             return
         if last is not None:
-            did = self.evidence.of(last.champion)
+            did = self.evidence.settled(last.champion)
             if did.requests or last.champion not in self._before:
                 self._before.pop(last.champion, None)
                 self._before[last.champion] = did
@@ -71,16 +70,17 @@ class Watch:
         pointer = self._pointer
         if pointer is None or pointer.pinned:
             return None
-        champion = self.evidence.of(pointer.champion)
         if pointer.canary is not None:
-            judgement = judge(champion, self.evidence.of(pointer.canary), self._gate)
+            champion, canary = self.evidence.so_far(pointer.champion), self.evidence.so_far(pointer.canary)
+            judgement = judge(champion, canary, self._gate)
             on_trial_s = (now - pointer.updated_at).total_seconds()
             if judgement.action == "wait" and on_trial_s > self._gate.max_canary_s:
                 judgement = Judgement("rollback", f"undecided after {on_trial_s:.0f} s: {judgement.reason}")
             return pointer.canary, judgement
-        if pointer.reason == "promote" and pointer.history and champion.requests < _FRESH_REQUESTS:
+        fresh = self.evidence.settled(pointer.champion)
+        if pointer.reason == "promote" and pointer.history and on_probation(fresh, self._gate):
             before = self._before.get(pointer.history[-1], NO_EVIDENCE)
-            return pointer.champion, judge_fresh(before, champion, self._gate)
+            return pointer.champion, judge_fresh(before, fresh, self._gate)
         return None
 
 

@@ -184,6 +184,13 @@ def wait_until(good: Callable[[], bool], timeout_s: float = 30.0) -> None:
         time.sleep(0.02)
 
 
+def look(replicas: Replicas, times: int) -> None:
+    """Returns when the watchdog has looked so many times more."""
+    for _ in range(times):
+        replicas.asked.clear()
+        assert replicas.asked.wait(10)
+
+
 @pytest.mark.parametrize(("rate", "action", "champion"), [(0.2, "promote", V2), (0.05, "rollback", V1)])
 def test_canary_is_promoted_or_rolled_back_by_the_clicks_it_gets(
     settings: Settings, registry: Registry, replicas: Replicas, rate: float, action: str, champion: str
@@ -230,6 +237,24 @@ def test_champion_just_promoted_is_rolled_back_when_it_fails_as_the_one_before_d
         replicas.asked.clear()
         assert replicas.asked.wait(10)  # it looks on, and leaves the old champion where it is
     assert [(version, judgement.action) for version, judgement in decided] == [(V2, "rollback")]
+    pointer = registry.pointer()
+    assert pointer is not None
+    assert (pointer.champion, pointer.reason) == (V1, "rollback")
+
+
+def test_champion_promoted_at_once_is_rolled_back_when_it_loses_the_clicks_of_the_one_before(
+    settings: Settings, registry: Registry, replicas: Replicas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.live_evidence.SETTLED_S", 0.5)  # the readers here click at once
+    with watching(settings, replicas) as decided:
+        live(settings, registry, {V1: 0.2})
+        look(replicas, times=10)  # by then it has read it all, and it has settled
+        registry.promote(V2)
+        look(replicas, times=2)  # it has begun to count for the new champion
+        live(settings, registry, {V2: 0.05})
+        wait_until(lambda: len(decided) > 0)
+    assert [(version, judgement.action) for version, judgement in decided] == [(V2, "rollback")]
+    assert "of the clicks" in decided[0][1].reason
     pointer = registry.pointer()
     assert pointer is not None
     assert (pointer.champion, pointer.reason) == (V1, "rollback")

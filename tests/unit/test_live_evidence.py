@@ -9,7 +9,7 @@ from tailrace.events import Click, Impression, Ranked
 from tailrace.ids import ModelVersion
 from tailrace.pointer import Pointer
 from tailrace.settings import GateSettings
-from training.live_evidence import LiveEvidence, ReplicaStatus, VersionCounts
+from training.live_evidence import SETTLED_S, LiveEvidence, ReplicaStatus, VersionCounts
 from training.watchdog import Watch
 
 NOW = datetime(2026, 11, 23, 1, tzinfo=UTC)
@@ -36,7 +36,7 @@ def click(item: str = "a", request: str | None = "r1", **fields: Any) -> Click:
 
 def counted(evidence: LiveEvidence, version: str = "v1") -> tuple[int, int, int]:
     """Impressions, items shown, items clicked."""
-    found = evidence.of(ModelVersion(version))
+    found = evidence.so_far(ModelVersion(version))
     return found.impressions, int(found.shown_G.sum()), int(found.clicked_G.sum())
 
 
@@ -82,10 +82,10 @@ def test_one_user_is_always_in_one_group() -> None:
     evidence = LiveEvidence()
     for number in range(20):
         evidence.add_impression(impression(f"r{number}", user="same"))
-    assert (evidence.of(V1).shown_G > 0).sum() == 1
+    assert (evidence.so_far(V1).shown_G > 0).sum() == 1
     for number in range(500):
         evidence.add_impression(impression(f"s{number}", user=f"u{number}"))
-    assert (evidence.of(V1).shown_G > 0).all()
+    assert (evidence.so_far(V1).shown_G > 0).all()
 
 
 def status(replica: str = "a", refused: dict[str, str] | None = None, **requests: int) -> ReplicaStatus:
@@ -102,12 +102,12 @@ def status(replica: str = "a", refused: dict[str, str] | None = None, **requests
 def test_replicas_are_added_up_and_what_they_had_counted_before_is_left_out() -> None:
     evidence = LiveEvidence()
     evidence.add_statuses([status("a", v1=1000), status("b", v1=500)])
-    assert evidence.of(V1).requests == 0
+    assert evidence.so_far(V1).requests == 0
     evidence.add_statuses([status("a", v1=1100), status("b", v1=520, v2=30)])
     evidence.add_statuses([])  # a gateway that heard of none in time
     evidence.add_statuses([status("a", v1=1100), status("b", v1=540, v2=30)])
-    assert (evidence.of(V1).requests, evidence.of(V1).below_top) == (140, 14)
-    assert (evidence.of(V2).requests, evidence.of(V2).score_p50_ms) == (30, 5.0)
+    assert (evidence.so_far(V1).requests, evidence.so_far(V1).below_top) == (140, 14)
+    assert (evidence.so_far(V2).requests, evidence.so_far(V2).score_p50_ms) == (30, 5.0)
 
 
 def test_a_replica_that_begins_anew_adds_what_it_counts_from_then_on() -> None:
@@ -115,15 +115,15 @@ def test_a_replica_that_begins_anew_adds_what_it_counts_from_then_on() -> None:
     evidence.add_statuses([status("a", v1=1000)])
     evidence.add_statuses([status("a", v1=40)])  # loaded anew
     evidence.add_statuses([status("c", v1=20)])  # another in its place
-    assert evidence.of(V1).requests == 60
+    assert evidence.so_far(V1).requests == 60
 
 
 def test_a_refusal_is_known_until_it_is_taken_back() -> None:
     evidence = LiveEvidence()
     evidence.add_statuses([status("a"), status("b", refused={"v2": "damaged"})])
-    assert evidence.of(V2).refused == "damaged"
+    assert evidence.so_far(V2).refused == "damaged"
     evidence.add_statuses([status("a"), status("b")])
-    assert evidence.of(V2).refused == ""
+    assert evidence.so_far(V2).refused == ""
 
 
 # -- what is on trial ----------------------------------------------------------------------------------------------
@@ -132,6 +132,28 @@ def test_a_refusal_is_known_until_it_is_taken_back() -> None:
 def pointer(generation: int, **fields: Any) -> Pointer:
     found: dict[str, Any] = {"champion": V1, "history": [], "reason": "promote", **fields}
     return Pointer(generation=generation, updated_at=datetime(2026, 11, 23, tzinfo=UTC), **found)
+
+
+def test_settled_evidence_gives_every_impression_the_same_time_for_its_clicks() -> None:
+    now_s = [0.0]
+    evidence = LiveEvidence(lambda: now_s[0])
+
+    def settled() -> tuple[int, int, int]:
+        found = evidence.settled(ModelVersion("v1"))
+        return found.impressions, int(found.shown_G.sum()), int(found.clicked_G.sum())
+
+    evidence.add_impression(impression("r1"))
+    now_s[0] = SETTLED_S / 2
+    evidence.add_click(click("a", "r1"))
+    evidence.add_impression(impression("r2"))
+    assert (counted(evidence), settled()) == ((2, 6, 1), (0, 0, 0))
+    now_s[0] = SETTLED_S
+    evidence.add_click(click("b", "r1"))  # too late for the one count, not for the other
+    assert (counted(evidence), settled()) == ((2, 6, 2), (1, 3, 1))
+    now_s[0] = 2 * SETTLED_S
+    assert settled() == (2, 6, 1)
+    evidence.begin()
+    assert (counted(evidence), settled()) == ((0, 0, 0), (0, 0, 0))
 
 
 def failing(version: str, requests: int, errors: int) -> ReplicaStatus:
@@ -161,14 +183,44 @@ def test_promoted_champion_is_compared_with_what_is_remembered_of_the_one_before
         assert (judged[0], judged[1].action) == (V2, action)
 
 
-def test_champion_that_was_rolled_back_to_or_has_answered_enough_is_trusted() -> None:
+def test_champion_that_was_rolled_back_to_is_trusted() -> None:
     watched = Watch(GateSettings())
     watched.follow(pointer(3, history=[V2], reason="rollback"))
     watched.evidence.add_statuses([failing("v1", 0, 0)])
     watched.evidence.add_statuses([failing("v1", 100, 100)])
     assert watched.judge(NOW) is None
-    watched.follow(pointer(4, history=[V2]))
-    watched.evidence.add_statuses([failing("v1", 1200, 100)])
+
+
+@pytest.mark.parametrize(("clicked", "action"), [(1, "rollback"), (3, "wait")])
+def test_promoted_champion_goes_when_it_loses_the_clicks_of_the_one_before(clicked: int, action: str) -> None:
+    now_s = [0.0]
+    watched = Watch(GateSettings(canary_impressions=300, max_click_loss=0.2))
+    watched.evidence = LiveEvidence(lambda: now_s[0])
+
+    def serve(version: ModelVersion, visits: int, clicked: int) -> None:
+        """Of every four slates of three items, `clicked` have one click."""
+        for number in range(visits):
+            request = f"{version}-{number}-{now_s[0]}"
+            shown = impression(request, version, user=f"u{number % 200}")
+            watched.evidence.add_impression(shown)
+            if number * 7 % 4 < clicked:
+                watched.evidence.add_click(click("a", request))
+
+    watched.follow(pointer(1))
+    watched.evidence.add_statuses([failing("v1", 0, 0)])
+    serve(V1, 600, 4)
+    now_s[0] += SETTLED_S
+    watched.follow(pointer(2, champion=V2, history=[V1]))
+    serve(V2, 600, clicked)
+    found = watched.judge(NOW)
+    assert found is not None and found[1].action == "wait", "clicks are yet to come"
+    now_s[0] += SETTLED_S
+    found = watched.judge(NOW)
+    assert found is not None and (found[0], found[1].action) == (V2, action)
+    # A champion that has shown and answered enough is trusted.
+    serve(V2, 600, clicked)
+    watched.evidence.add_statuses([failing("v2", 1200, 0)])
+    now_s[0] += SETTLED_S
     assert watched.judge(NOW) is None
 
 
@@ -179,9 +231,9 @@ def test_counts_begin_anew_with_the_canary_so_that_both_are_judged_on_the_same_t
     watched.evidence.add_statuses([failing("v1", 0, 0)])
     watched.evidence.add_statuses([failing("v1", 100, 0)])
     watched.follow(pointer(2, canary=V2, canary_share=0.2, reason="canary"))
-    assert (watched.evidence.of(V1).requests, watched.evidence.of(V1).impressions) == (0, 0)
+    assert (watched.evidence.so_far(V1).requests, watched.evidence.so_far(V1).impressions) == (0, 0)
     watched.evidence.add_statuses([failing("v1", 150, 0)])
-    assert watched.evidence.of(V1).requests == 50
+    assert watched.evidence.so_far(V1).requests == 50
     judged = watched.judge(NOW)
     assert judged is not None
     assert (judged[0], judged[1].action) == (V2, "wait")
