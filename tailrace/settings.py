@@ -237,7 +237,9 @@ class GateSettings(_Section, frozen=True, kw_only=True):
     canary_share: Annotated[Share, _doc("share of users, by hash, who get a challenger first; 0: all at once")] = 0.2
     canary_impressions: Annotated[Positive, _doc("impressions of the canary before the watchdog may promote it")] = 300
     max_canary_s: Annotated[Seconds, _doc("a canary still undecided after this long is taken back")] = 3 * 86_400.0
-    max_click_loss: Annotated[Share, _doc("relative click rate a canary may lose; a champion just promoted, twice as much")] = 0.2
+    max_click_loss: Annotated[
+        Share, _doc("relative click rate a canary may lose; a champion just promoted, twice as much")
+    ] = 0.2
     max_error_share: Annotated[
         Share, _doc("share of a version's requests that may miss the top rung, above the champion's")
     ] = 0.05

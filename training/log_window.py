@@ -12,7 +12,7 @@ age and the order of examples, goes by the events' own time. A record's time may
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import msgspec
@@ -72,7 +72,8 @@ def plan_window(
 ) -> LogWindow:
     """Returns the window that ends now. What is logged from here on is not in it. Raises BrokerUnavailable.
 
-    `fresh_since_ms` is the time of the first impression that the champion has not learned from; None: all are fresh.
+    `fresh_since_ms` is when the first impression that the champion has not learned from was logged; None: all are
+    fresh.
     """
     since_ms = max(now_ms - round(training.window_s * 1000), 0)
     topics = tailrace_topics(kafka)
@@ -180,11 +181,12 @@ def read_partition(
         joining.forget(chunk.forgotten)
         for impression in joining.admit(chunk.impressions):
             request_id, at_ms = impression.request_id, impression.at_ms
-            fresh = fresh_ms is None or chunk.logged_ms[request_id] > fresh_ms
+            logged_ms = chunk.logged_ms[request_id]
+            fresh = fresh_ms is None or logged_ms > fresh_ms
             if selection.wants(request_id, at_ms, fresh=fresh):
                 example = joining.example(impression)
                 if example is not None:
-                    selection.offer(example, partition, fresh=fresh)
+                    selection.offer(replace(example, logged_ms=logged_ms), partition, fresh=fresh)
     # 3. Labels, for what is kept of it.
     selection.settle(partition, joining.finish())
     return joining.counts + JoinCounts(undecodable=undecodable)

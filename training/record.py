@@ -13,8 +13,8 @@ RECORD_FILE = "training.json"
 
 
 class TrainingRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One round's reading. The next round's fresh impressions begin at `learned_until_ms`: the slice that the gate
-    decided on was not learned from.
+    """One round's reading. What was logged from `learned_until_ms` on is fresh to the next round: the slice that the
+    gate decided on was not learned from.
     """
 
     parent: ModelVersion

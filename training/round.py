@@ -145,7 +145,7 @@ def run_round(parts: RoundParts) -> RoundRecord:
                         progress=parts.progress,
                     )
                 )
-            if not this.tuned.better:
+            if not this.tuned.contends:
                 return end("rejected", f"nothing was learned: {this.tuned.reason}")
             bundle = this.folder / "bundle"
             with _timed(this, parts, "export"):

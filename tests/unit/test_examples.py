@@ -20,6 +20,7 @@ from training.attribution import hash_ids
 from training.examples import Example, JoinCounts, Joined, join
 from training.log_window import Chunk, LogWindow, decode_chunk, read_partition
 from training.reservoir import Selection
+from training.round_state import split_by_time
 
 SETTINGS = TrainingSettings(wait_s=5, attribution_s=20)
 CUTOFF_MS = 80_000
@@ -530,7 +531,8 @@ def test_log_cut_into_pieces_of_any_size_gives_the_same_examples(log: Log, sizes
     whole = joined(impressions, *feedback, erasures=erasures)
     selection, counts = read(log, sizes)
     assert counts == whole.counts
-    assert same(selection.fresh, sorted(whole.examples, key=lambda one: (one.at_ms, one.request_id)))
+    expected = [replace(one, logged_ms=one.at_ms) for one in whole.examples]
+    assert same(selection.fresh, sorted(expected, key=lambda one: (one.at_ms, one.request_id)))
     assert selection.replay == []
 
 
@@ -569,6 +571,26 @@ def test_history_that_was_imported_since_is_fresh_though_it_is_old() -> None:
     read_partition(0, [Chunk(clicks=[click(at_s=11, request="a")])], [chunk], selection, window, SETTINGS)
     assert [one.gains_N[0] for one in selection.fresh] == [1]
     assert selection.replay == []
+
+
+def test_history_that_was_imported_is_fresh_once_and_replayed_after_that() -> None:
+    old = [impression(f"r{number}", number) for number in range(10)]
+    chunk = Chunk(
+        impressions=old, logged_ms={one.request_id: 25 * DAY_MS + 60_000 * number for number, one in enumerate(old)}
+    )
+
+    def window(fresh_since_ms: int | None) -> Selection:
+        selection = Selection(max_fresh=20, max_replay=20, half_life_ms=1e9, seed=0)
+        found = LogWindow(since_ms=0, cutoff_ms=30 * DAY_MS, fresh_since_ms=fresh_since_ms, offsets={})
+        read_partition(0, [], [chunk], selection, found, SETTINGS)
+        return selection
+
+    first = window(None)
+    learned = split_by_time(first.fresh, TrainingSettings(min_examples=1, holdout_share=0.2, stop_share=0.2))
+    assert [one.request_id for one in learned.holdout] == ["r8", "r9"]
+    second = window(learned.learned_until_ms)
+    assert [one.request_id for one in second.fresh] == ["r8", "r9"]
+    assert [one.request_id for one in second.replay] == [f"r{number}" for number in range(8)]
 
 
 def test_erasure_that_only_the_impressions_tell_of_empties_the_reservoir_too() -> None:
