@@ -56,6 +56,14 @@ def fit_platt(scores_I: NDArray[np.floating], clicked_I: Flags) -> Platt:
     return Platt(slope, float(fitted.intercept_[0]) - slope * centre)
 
 
+def logits_so_far(logits_ES: Reals, arrived_E: Reals) -> Reals:
+    """Returns the logits of a click that has come already, where that share of a slate's clicks has."""
+    with np.errstate(divide="ignore", over="ignore"):  # log(a p) - log(1 - a p), where p is the chance of a click
+        result: Reals = logits_ES + np.log(arrived_E)[:, None]
+        result -= np.logaddexp(0.0, np.log(1 - arrived_E)[:, None] + logits_ES)
+    return result
+
+
 @dataclass(frozen=True)
 class ReliabilityBin:
     """Shown items of like predicted chance: how many, the mean chance, and the share clicked."""

@@ -17,7 +17,15 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from training.calibration import AS_SCORED, NUM_BINS, Platt, ReliabilityBin, assign_bins, calibration_error
+from training.calibration import (
+    AS_SCORED,
+    NUM_BINS,
+    Platt,
+    ReliabilityBin,
+    assign_bins,
+    calibration_error,
+    logits_so_far,
+)
 from training.examples import Example
 from training.first_places import Sanity, check_sanity, stand_first
 from training.judged_gains import judged_ndcgs
@@ -107,7 +115,7 @@ def evaluate(
         [one.gains_N[: one.num_shown] for one in examples],
         [one.clicked_N[: one.num_shown] for one in examples],
     )
-    logits_ES = platt.logits(slates.scores_ES)
+    logits_ES = logits_so_far(platt.logits(slates.scores_ES), np.array([one.arrived for one in examples]))
     ratios = _label_ratios(slates, logits_ES)
     whole = line_up(scores, [one.gains_N for one in examples], [one.clicked_N for one in examples])
     judged_E = ndcgs(whole, TOP)

@@ -124,6 +124,19 @@ def test_log_loss_is_that_of_scikit_learn_over_all_shown_items() -> None:
     assert found == pytest.approx(log_loss(clicked, 1 / (1 + np.exp(-(0.7 * shown - 0.4)))))
 
 
+def test_clicks_that_are_yet_to_come_are_no_error_of_the_chances() -> None:
+    examples, worths = make_examples(40)
+    rng = np.random.default_rng(0)
+    young = [replace(one, arrived=float(share)) for one, share in zip(examples, rng.uniform(0.3, 1, 40), strict=True)]
+    found = judge(young, worths, platt=Platt(0.7, -0.4)).figures["log_loss"].mean
+    chances = [
+        one.arrived / (1 + np.exp(-(0.7 * worth[: one.num_shown] - 0.4)))
+        for one, worth in zip(young, worths, strict=True)
+    ]
+    clicked = np.concatenate([one.clicked_N[: one.num_shown] for one in examples])
+    assert found == pytest.approx(log_loss(clicked, np.concatenate(chances)))
+
+
 def test_only_shown_items_have_labels_so_scores_of_the_others_change_no_label_figure() -> None:
     examples, worths = make_examples(50)
     other = [worth.copy() for worth in worths]
