@@ -41,7 +41,7 @@ def local_system(settings: Settings, tell: Callable[[str], None]) -> Iterator[Se
         create_topics(settings.kafka)
         tell(f"Kafka answers at {settings.kafka.bootstrap_servers}")
         # 3. Ray, on loopback.
-        stack.enter_context(ray_cluster())
+        stack.enter_context(ray_cluster(keep_logs=settings.path("logs") / "ray"))
         tell("Ray is up")
         # 4. The stream workers, supervised from a thread of this process.
         stop = threading.Event()

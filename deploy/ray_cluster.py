@@ -2,9 +2,11 @@
 
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import ray
 import structlog
@@ -22,8 +24,11 @@ _ATTEMPTS = 3
 
 
 @contextmanager
-def ray_cluster(address: str | None = None) -> Iterator[None]:
-    """Joins the Ray cluster at `address`, or runs one on 127.0.0.1 while the block lasts."""
+def ray_cluster(address: str | None = None, *, keep_logs: Path | None = None) -> Iterator[None]:
+    """Joins the Ray cluster at `address`, or runs one on 127.0.0.1 while the block lasts.
+
+    What the processes of its own wrote then comes to lie in `keep_logs`, in place of what lay there.
+    """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if address is not None:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False)
@@ -46,6 +51,16 @@ def ray_cluster(address: str | None = None) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+            if keep_logs is not None:
+                _keep(Path(folder) / "session_latest" / "logs", keep_logs)
+
+
+def _keep(logs: Path, kept: Path) -> None:
+    try:
+        shutil.rmtree(kept, ignore_errors=True)
+        shutil.copytree(logs, kept)
+    except (OSError, shutil.Error) as error:  # a full disk, or Ray never came so far
+        log.warning("the logs of Ray's processes could not be kept", error=str(error))
 
 
 def _keep_to_loopback() -> None:

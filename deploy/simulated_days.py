@@ -72,7 +72,7 @@ class DayFigures:
     day: int
     version: str
     arms: dict[str, ArmTally]
-    paired: list[tuple[float, float]]  # expected clicks of (recommended, control), slate by slate
+    paired: list[tuple[str, float, float]]  # the reader, and expected clicks of (recommended, control), slate by slate
     clicks: int
 
     def lift_share(self, best: str = "informed") -> float:
@@ -154,24 +154,25 @@ class Town:
         encode_all(control, self.state.catalogue)
         # 2. Visits in time order; between them, what earlier visitors do late.
         arms = {arm: ArmTally() for arm in ARMS}
-        paired: list[tuple[float, float]] = []
+        paired: list[tuple[str, float, float]] = []
         times = np.sort(self._rng.uniform(0, DAY_MS, habits.visits_a_day)).astype(np.int64)
         for number, since_ms in enumerate(times.tolist()):
             now_ms = FIRST_MS + day * DAY_MS + since_ms
             self._catch_up(now_ms)
             self.state.publish()
-            worth = self._visit(now_ms, number, model, control)
+            user_id, worth = self._visit(now_ms, number, model, control)
             for arm, (expected, shown) in worth.items():
                 arms[arm].add(expected, shown)
             if "control" in worth:
-                paired.append((worth["recommended"][0], worth["control"][0]))
+                paired.append((user_id, worth["recommended"][0], worth["control"][0]))
             progress(number + 1, len(times))
         self._catch_up(FIRST_MS + (day + 1) * DAY_MS)
         return DayFigures(day, model.version, arms, paired, len(self.log.clicks) - clicks_before)
 
     def _visit(
         self, now_ms: int, number: int, model: ServingModel, control: ServingModel
-    ) -> dict[str, tuple[float, int]]:
+    ) -> tuple[str, dict[str, tuple[float, int]]]:
+        """Returns who came, and of each arm what its slate was worth and how many items it showed."""
         reader = self._readers[int(self._rng.integers(len(self._readers)))]
         moment = self.world.moment((now_ms - FIRST_MS) / 1000, self._rng)
         n = self._habits.slate
@@ -192,7 +193,7 @@ class Town:
         for reaction in reactions:
             self._react(reader, reaction, impression, now_ms)
         self._informed.learn(reader.user_id, slate, {one.item_id for one in reactions if one.action == "click"})
-        return worth
+        return reader.user_id, worth
 
     def _recommend(
         self, model: ServingModel, reader: Reader, moment: Moment, now_ms: int

@@ -19,6 +19,7 @@ from stream.progress import Progress
 from stream.worker import StreamWorker, relax_garbage_collection
 from tailrace.settings import Settings
 from tailrace.stores import open_store
+from tailrace.telemetry import configure_logging
 
 NAMESPACE = "tailrace"
 PREFIX = "tailrace-worker-"
@@ -30,6 +31,7 @@ class WorkerActor:
     """One worker, from the moment the actor exists until `stop`."""
 
     def __init__(self, settings: Settings, partitions: Sequence[int]) -> None:
+        configure_logging(settings)
         relax_garbage_collection()
         self._settings = settings
         self._partitions = tuple(partitions)

@@ -21,6 +21,7 @@ from tailrace.kafka_clients import create_topics
 from tailrace.schemas import PUBLIC_TYPES, json_schemas
 from tailrace.settings import without_secrets
 from tailrace.status import load_status
+from tailrace.telemetry import configure_logging
 from tailrace.terminal import print_json, show_settings, show_status, show_topics
 from tailrace.topics import tailrace_topics
 
@@ -124,11 +125,13 @@ def topics(session: Session, as_json: bool) -> None:
 def stream(session: Session, address: str | None) -> None:
     """Run the stream workers and their supervisor until Ctrl-C."""
     settings = session.connected
+    configure_logging(settings)
     create_topics(settings.kafka)
     from deploy.ray_cluster import ray_cluster
     from stream.supervisor import supervise
 
-    with ray_cluster(address), stop_on_signals() as stop:  # in this order: Ray takes the signals for itself
+    logs = settings.path("logs") / "ray-stream"
+    with ray_cluster(address, keep_logs=logs), stop_on_signals() as stop:  # in this order: Ray takes the signals
         supervise(settings, stop=stop)
 
 
@@ -138,11 +141,13 @@ def stream(session: Session, address: str | None) -> None:
 def serve(session: Session, address: str | None) -> None:
     """Run the gateway and the rankers until Ctrl-C."""
     settings = session.connected
+    configure_logging(settings)
     create_topics(settings.kafka)
     from deploy.ray_cluster import ray_cluster
     from services.app import start_serving, stop_serving
 
-    with ray_cluster(address), stop_on_signals() as stop:  # in this order: Ray takes the signals for itself
+    logs = settings.path("logs") / "ray-serve"
+    with ray_cluster(address, keep_logs=logs), stop_on_signals() as stop:  # in this order: Ray takes the signals
         try:
             start_serving(settings)
             click.echo(f"http://{settings.gateway.host}:{settings.gateway.port}")
@@ -159,6 +164,7 @@ def up(session: Session, train_every: str | None) -> None:
     from deploy.local import local_system, rounds_beside
     from training.watchdog import watchdog_beside
 
+    configure_logging(session.settings)
     schedule = None if train_every is None else read_schedule(train_every, None)
     with ExitStack() as stack:
         running = stack.enter_context(local_system(session.settings, click.echo))

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tailrace.cli_session import Session, as_json, ray_address, stop_on_signals
 from tailrace.errors import SettingsError
 from tailrace.rounds import RoundRecord, open_round_log
+from tailrace.telemetry import configure_logging
 from tailrace.terminal import print_json, show_rounds
 
 if TYPE_CHECKING:
@@ -35,7 +36,9 @@ def train(session: Session, once: bool, every: str | None, after_examples: int |
     if once == (schedule.every_s is not None or schedule.after_examples is not None):
         raise SettingsError("say --once, or --every and --after-examples")
     settings = session.connected
-    with ray_cluster(address), stop_on_signals() as stop, _progress() as show:
+    configure_logging(settings)
+    logs = settings.path("logs") / "ray-train"
+    with ray_cluster(address, keep_logs=logs), stop_on_signals() as stop, _progress() as show:
         if once:
             _tell(train_once(settings, show))
         else:
@@ -53,6 +56,7 @@ def watch(session: Session) -> None:
     from training.watchdog import watch as watch_models
 
     settings = session.connected
+    configure_logging(settings)
     with stop_on_signals() as stop:
         watch_models(
             settings,

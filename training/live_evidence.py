@@ -24,6 +24,8 @@ from training.judgement import GROUPS, Counts, Evidence
 SETTLED_S = 60.0
 
 _MAX_WAITING = 20_000  # impressions, and as many early clicks
+_MAX_OF_USER = 8  # impressions that a click without a request id may be of
+_ATTRIBUTION_S = 1800.0  # after which it is of none
 _MAX_VERSIONS = 16
 _GOOD: frozenset[Action] = frozenset({"click", "like", "save", "share", "purchase"})
 
@@ -79,12 +81,12 @@ class _Version:
 
 @dataclass
 class _Shown:
-    """An impression that waits for clicks: its version, the user's group, and the items nobody has clicked yet."""
+    """An impression that waits for clicks: its version, the user, and of each item whether it has been clicked."""
 
     version: ModelVersion
+    user_id: UserId
     group: int
-    items: set[ItemId]
-    num_shown: int
+    items: dict[ItemId, bool]
     since_s: float
 
 
@@ -95,6 +97,7 @@ class LiveEvidence:
         self._clock_s = clock_s
         self._versions: OrderedDict[ModelVersion, _Version] = OrderedDict()
         self._waiting: OrderedDict[RequestId, _Shown] = OrderedDict()
+        self._of_user: dict[UserId, deque[_Shown]] = {}  # those that wait, oldest first
         self._unsettled: deque[_Shown] = deque()  # oldest first
         self._early: OrderedDict[tuple[RequestId, ItemId], None] = OrderedDict()
         self._told: dict[tuple[str, ModelVersion], VersionCounts] = {}
@@ -103,6 +106,7 @@ class LiveEvidence:
         """Forgets all counts; what replicas have counted so far belongs to the past."""
         self._versions.clear()
         self._waiting.clear()
+        self._of_user.clear()
         self._unsettled.clear()
         self._early.clear()
 
@@ -126,23 +130,34 @@ class LiveEvidence:
         if request_id in self._waiting:
             return
         self._settle()
-        items = {ranked.item_id for ranked in impression.shown}
-        shown = _Shown(impression.model_version, _group(impression.user_id), items, len(items), self._clock_s())
-        self._version(shown.version).so_far.add(shown.group, shown.num_shown)
+        user_id = impression.user_id
+        items = {ranked.item_id: False for ranked in impression.shown}
+        shown = _Shown(impression.model_version, user_id, _group(user_id), items, self._clock_s())
+        self._version(shown.version).so_far.add(shown.group, len(items))
         self._waiting[request_id] = shown
+        self._of_user.setdefault(user_id, deque(maxlen=_MAX_OF_USER)).append(shown)
         if len(self._unsettled) < _MAX_WAITING:  # of more than that in so short a time, those first shown stand for all
             self._unsettled.append(shown)
-        for item_id in list(shown.items):
+        for item_id in items:
             if self._early.pop((request_id, item_id), False) is None:
                 self._count_click(shown, item_id)
         if len(self._waiting) > _MAX_WAITING:
-            self._waiting.popitem(last=False)
+            self._forget(self._waiting.popitem(last=False)[1])
 
     def add_click(self, click: Click) -> None:
-        """Counts a click for the impression it names: an item's first, and only what is a good sign."""
-        if click.request_id is None or click.action not in _GOOD:
+        """Counts a click for the impression it names: an item's first, and only what is a good sign.
+
+        One that names none is of the user's latest impression of the item, as in a round.
+        """
+        if click.action not in _GOOD:
             return
         self._settle()
+        if click.request_id is None:
+            recent = (shown for shown in reversed(self._of_user.get(click.user_id, ())) if self._recent(shown))
+            shown = next((one for one in recent if click.item_id in one.items), None)
+            if shown is not None:
+                self._count_click(shown, click.item_id)
+            return
         shown = self._waiting.get(click.request_id)
         if shown is not None:
             self._count_click(shown, click.item_id)
@@ -181,16 +196,25 @@ class LiveEvidence:
         } or self._told  # an answer without replicas says nothing
 
     def _count_click(self, shown: _Shown, item_id: ItemId) -> None:
-        if item_id in shown.items:
-            shown.items.remove(item_id)
+        if shown.items.get(item_id) is False:
+            shown.items[item_id] = True
             self._version(shown.version).so_far.clicked_G[shown.group] += 1
+
+    def _recent(self, shown: _Shown) -> bool:
+        return self._clock_s() - shown.since_s <= _ATTRIBUTION_S
+
+    def _forget(self, shown: _Shown) -> None:
+        of_user = self._of_user.get(shown.user_id)
+        if of_user and of_user[0] is shown:  # it is not where the user has been shown more since than is kept
+            of_user.popleft()
+            if not of_user:
+                del self._of_user[shown.user_id]
 
     def _settle(self) -> None:
         until_s = self._clock_s() - SETTLED_S
         while self._unsettled and self._unsettled[0].since_s <= until_s:
             shown = self._unsettled.popleft()
-            clicked = shown.num_shown - len(shown.items)
-            self._version(shown.version).settled.add(shown.group, shown.num_shown, clicked)
+            self._version(shown.version).settled.add(shown.group, len(shown.items), sum(shown.items.values()))
 
     def _version(self, version: ModelVersion) -> _Version:
         if version not in self._versions and len(self._versions) >= _MAX_VERSIONS:

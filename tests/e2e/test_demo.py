@@ -55,6 +55,8 @@ def test_the_demo_runs_sums_up_leaves_nothing_behind_and_goes_on_from_its_data(t
     assert "60 visits of the last days are in the log" in first
     model = (tmp_path / "data" / "logs" / "model.log").read_text()
     assert "published and promoted" in model
+    services = [path.read_text() for path in (tmp_path / "data" / "logs" / "ray").glob("worker-*.err")]
+    assert any("models serve" in one for one in services), "what a replica logged is kept"
 
     again = run_demo(tmp_path, 5)
     assert re.search(r"recommendations\s+│\s+\d+ .* 0 failed calls", again), again

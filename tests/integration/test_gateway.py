@@ -321,11 +321,11 @@ def test_impressions_without_a_broker_never_hold_up_the_answer_and_are_counted(t
     for _ in range(5):
         assert ask(service)["degraded"] == "none"
     text = service.call("GET", "/metrics").text
-    assert 'tailrace_impressions_total{outcome="produced"} 0.0' in text
-    assert 'tailrace_impressions_total{outcome="dropped"} 3.0' in text
+    assert 'tailrace_impressions_total{outcome="produced",replica="test"} 0.0' in text
+    assert 'tailrace_impressions_total{outcome="dropped",replica="test"} 3.0' in text
     event_log.close()
     text = service.call("GET", "/metrics").text
-    assert 'tailrace_impressions_total{outcome="dropped"} 5.0' in text
+    assert 'tailrace_impressions_total{outcome="dropped",replica="test"} 5.0' in text
 
 
 def test_readiness_names_what_is_missing(offline: Service) -> None:
@@ -485,10 +485,10 @@ def test_metrics_count_by_route_template_and_rung(offline: Service) -> None:
     offline.call("GET", "/v1/items/i1")
     offline.call("GET", "/v1/items/i2")
     text = offline.call("GET", "/metrics").text
-    assert 'tailrace_recommendations_total{degraded="none"} 1.0' in text
-    assert 'tailrace_http_requests_total{route="/v1/items/{item_id:path}",status="200"} 2.0' in text
-    assert 'tailrace_ranker_stage_seconds_count{stage="score"} 1.0' in text
-    assert 'tailrace_model_info{version="fixed"} 1.0' in text
+    assert 'tailrace_recommendations_total{degraded="none",replica="test"} 1.0' in text
+    assert 'tailrace_http_requests_total{replica="test",route="/v1/items/{item_id:path}",status="200"} 2.0' in text
+    assert 'tailrace_ranker_stage_seconds_count{replica="test",stage="score"} 1.0' in text
+    assert 'tailrace_model_info{replica="test",version="fixed"} 1.0' in text
 
 
 def test_item_page_shows_the_item_and_its_day(offline: Service) -> None:

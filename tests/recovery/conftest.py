@@ -37,5 +37,5 @@ def scene(tmp_path: Path, kafka: LocalKafka, launcher: Launcher) -> Iterator[Cal
 
 @pytest.fixture
 def kills() -> int:
-    """Random kills per store: TAILRACE_KILLS, 20 where unset. Those of the failure table come on top."""
-    return int(os.environ.get("TAILRACE_KILLS", "20"))
+    """Random kills per store: TEST_KILLS, 20 where unset. Those of the failure table come on top."""
+    return int(os.environ.get("TEST_KILLS", "20"))

@@ -17,7 +17,7 @@ from tests.recovery.scene import Scene, stop_gracefully
 from tests.recovery.traffic import Traffic, produce
 from tests.servers import start_valkey
 
-SEED = int(os.environ.get("TAILRACE_SEED", "7"))
+SEED = int(os.environ.get("TEST_SEED", "7"))
 
 
 @pytest.mark.timeout(600)

@@ -60,13 +60,39 @@ def test_an_item_is_clicked_once_and_a_retried_impression_is_shown_once() -> Non
 
 @pytest.mark.parametrize(
     "other",
-    [click(action="skip"), click(action="hide"), click(action="view"), click(request=None), click("never shown")],
+    [click(action=action) for action in ("skip", "hide", "view")] + [click("other"), click("other", None)],
 )
 def test_what_is_no_click_on_what_was_shown_does_not_count(other: Click) -> None:
     evidence = LiveEvidence()
     evidence.add_impression(impression())
     evidence.add_click(other)
     assert counted(evidence) == (1, 3, 0)
+
+
+def test_a_click_that_names_no_request_is_of_the_users_latest_impression_of_the_item() -> None:
+    now_s = [0.0]
+    evidence = LiveEvidence(lambda: now_s[0])
+    evidence.add_impression(impression("r1", "v1", items="ab"))
+    evidence.add_impression(impression("r2", "v2", items="ac"))
+    evidence.add_impression(impression("r3", "v3", items="ab", user="someone else"))
+    evidence.add_click(click("a", None))
+    evidence.add_click(click("a", None, action="purchase"))  # of the same impression, and counted already
+    assert [counted(evidence, version)[2] for version in ("v1", "v2", "v3")] == [0, 1, 0]
+    evidence.add_click(click("b", None))
+    assert [counted(evidence, version)[2] for version in ("v1", "v2", "v3")] == [1, 1, 0]
+    now_s[0] = 1801.0
+    evidence.add_click(click("c", None))
+    assert [counted(evidence, version)[2] for version in ("v1", "v2", "v3")] == [1, 1, 0], "too long ago"
+
+
+def test_what_is_remembered_of_impressions_and_their_users_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.live_evidence._MAX_WAITING", 3)
+    evidence = LiveEvidence()
+    for number in range(40):
+        evidence.add_impression(impression(f"r{number}", user=f"u{number % 7}"))
+        evidence.add_click(click("a", f"early-{number}"))
+    for held in (evidence._waiting, evidence._of_user, evidence._unsettled, evidence._early):
+        assert len(held) == 3
 
 
 def test_a_click_that_comes_before_its_impression_counts_with_it() -> None:
