@@ -28,7 +28,7 @@ from tailrace.registry import Registry, open_registry
 from tailrace.rounds import RoundRecord, open_round_log
 from tailrace.settings import Settings
 from training.export import build_version_zero
-from training.log_window import Chunk, LogWindow, Window, read_partition
+from training.log_window import AlreadyRead, Chunk, LogWindow, Window, read_partition
 from training.reservoir import Selection
 from training.round import RoundParts, run_round
 from training.slate_metrics import resample_sums
@@ -67,10 +67,10 @@ class MemoryLog:
         self._log = log
         self._settings = settings
 
-    def plan(self, *, now_ms: int, fresh_since_ms: int | None) -> LogWindow:
+    def plan(self, *, now_ms: int, already: AlreadyRead | None) -> LogWindow:
         """Returns the window that ends now."""
         since_ms = now_ms - round(self._settings.training.window_s * 1000)
-        return LogWindow(since_ms=since_ms, cutoff_ms=now_ms, fresh_since_ms=fresh_since_ms, offsets={})
+        return LogWindow(since_ms=since_ms, cutoff_ms=now_ms, already=already, offsets={})
 
     def read(self, window: LogWindow, progress: Progress) -> Window:
         """Returns the window's examples."""

@@ -14,7 +14,7 @@ from tailrace.registry import announce, open_registry
 from tailrace.rounds import open_round_log
 from tailrace.settings import Settings
 from training.fine_tune import FineTuned, Job, learn_alone
-from training.log_window import LogWindow, Window, plan_window, read_examples
+from training.log_window import AlreadyRead, LogWindow, Window, plan_window, read_examples
 from training.rescoring import BundleScorer
 from training.round import Progress, RoundParts
 from training.trackers import require_trackers
@@ -28,9 +28,9 @@ class KafkaLog:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
 
-    def plan(self, *, now_ms: int, fresh_since_ms: int | None) -> LogWindow:
+    def plan(self, *, now_ms: int, already: AlreadyRead | None) -> LogWindow:
         """Returns the window that ends now. Raises BrokerUnavailable."""
-        return plan_window(self._settings.kafka, self._settings.training, now_ms=now_ms, fresh_since_ms=fresh_since_ms)
+        return plan_window(self._settings.kafka, self._settings.training, now_ms=now_ms, already=already)
 
     def read(self, window: LogWindow, progress: Progress) -> Window:
         """Returns the window's examples. Raises BrokerUnavailable."""

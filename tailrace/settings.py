@@ -235,7 +235,9 @@ class GateSettings(_Section, frozen=True, kw_only=True):
     ] = 0.25
     max_latency_ratio: Annotated[float, _doc("most the time to score may grow, as a ratio to the champion")] = 1.5
     canary_share: Annotated[Share, _doc("share of users, by hash, who get a challenger first; 0: all at once")] = 0.2
-    canary_impressions: Annotated[Positive, _doc("impressions of the canary before the watchdog may promote it")] = 300
+    canary_impressions: Annotated[
+        Positive, _doc("impressions of a canary before it may be promoted; at four times as many a verdict is due")
+    ] = 300
     max_canary_s: Annotated[Seconds, _doc("a canary still undecided after this long is taken back")] = 3 * 86_400.0
     max_click_loss: Annotated[
         Share, _doc("relative click rate a canary may lose; a champion just promoted, twice as much")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
+from scipy.optimize import minimize
 
 Reals = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -37,30 +37,38 @@ class Platt:
 AS_SCORED = Platt(1.0, 0.0)  # takes the score itself for a logit, which a trained click head nearly is
 
 
-def fit_platt(scores_I: NDArray[np.floating], clicked_I: Flags) -> Platt:
-    """Returns the scaling that explains these clicks best, by logistic regression.
+def fit_platt(scores_I: NDArray[np.floating], clicked_I: Flags, arrived_I: Reals | None = None) -> Platt:
+    """Returns the scaling that explains these clicks best: logistic regression, on clicks that come sooner or later.
 
+    `arrived_I` is the share of an item's clicks that will have come by now (`training.arrival`), 1 where not given.
     With fewer than five clicks or five items not clicked, or scores that do not differ, it is flat at the smoothed
     click rate. A slope below zero is kept: it says that the scores run against the clicks.
     """
     finite_I = np.isfinite(scores_I)
     scores, clicked = scores_I[finite_I].astype(np.float64), clicked_I[finite_I]
+    arrived = np.ones(len(scores)) if arrived_I is None else arrived_I[finite_I]
     clicks, others = int(clicked.sum()), int((~clicked).sum())
     spread = float(scores.std()) if len(scores) else 0.0
     if min(clicks, others) < _LEAST_OF_EACH or spread < 1e-9:
-        return Platt(0.0, float(np.log((clicks + 1) / (others + 1))))
-    # Fitted on the standard scale, where the solver is at ease; C is the inverse of a penalty we do not want.
+        chance = min((clicks + 1) / (arrived.sum() + 2), 1 - 1 / (arrived.sum() + 2))
+        return Platt(0.0, float(np.log(chance / (1 - chance))))
+    # Fitted on the standard scale, where the solver is at ease.
     centre = float(scores.mean())
-    fitted = LogisticRegression(C=1e6).fit(((scores - centre) / spread)[:, None], clicked)
-    slope = float(fitted.coef_[0, 0]) / spread
-    return Platt(slope, float(fitted.intercept_[0]) - slope * centre)
+    standard, sign = (scores - centre) / spread, np.where(clicked, -1.0, 1.0)
+
+    def loss(line: Reals) -> float:
+        logits = logits_so_far(line[0] * standard + line[1], arrived)
+        return float(np.logaddexp(0.0, sign * logits).mean())
+
+    fitted = minimize(loss, np.array([0.0, np.log(clicks / others)]), method="BFGS").x
+    slope = float(fitted[0]) / spread
+    return Platt(slope, float(fitted[1]) - slope * centre)
 
 
-def logits_so_far(logits_ES: Reals, arrived_E: Reals) -> Reals:
-    """Returns the logits of a click that has come already, where that share of a slate's clicks has."""
+def logits_so_far(logits: Reals, arrived: Reals) -> Reals:
+    """Returns the logits of a click that has come already, where that share of clicks has; shapes broadcast."""
     with np.errstate(divide="ignore", over="ignore"):  # log(a p) - log(1 - a p), where p is the chance of a click
-        result: Reals = logits_ES + np.log(arrived_E)[:, None]
-        result -= np.logaddexp(0.0, np.log(1 - arrived_E)[:, None] + logits_ES)
+        result: Reals = logits + np.log(arrived) - np.logaddexp(0.0, np.log(1 - arrived) + logits)
     return result
 
 

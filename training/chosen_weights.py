@@ -55,7 +55,7 @@ def choose_weights(course: Course, trial: Learner, stop: StopSlice) -> Chosen:
     better = figures.excess < 0.0
     said = f"stop loss {figures.loss:.4f} against the parent's {figures.parent_loss:.4f}"
     if not better:
-        if figures.excess > figures.error:
+        if not figures.excess < figures.error:  # nor where it is no number
             return Chosen(None, better, f"nothing beats the parent: {said}, standard error {figures.error:.4f}")
         said += f", within the standard error {figures.error:.4f}"
     if way == 0.0:

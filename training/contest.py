@@ -68,7 +68,8 @@ def compare(
         threads=threads,
     )
     before_by_model = [scores[: len(calibrate_on)] for scores in told_by_model]
-    platts = [fit_platt(_shown(calibrate_on, before), _clicked(calibrate_on)) for before in before_by_model]
+    arrived_I = np.repeat([one.arrived for one in calibrate_on], [one.num_shown for one in calibrate_on])
+    platts = [fit_platt(_shown(calibrate_on, before), _clicked(calibrate_on), arrived_I) for before in before_by_model]
     # Three numbers of a whole slice hardly favour anybody on it, and few examples would tell them badly.
     champion_said_I, challenger_said_I = (_shown(told, scores) for scores in told_by_model)
     seen_I = np.concatenate([places_seen(one, examination_K) for one in told])

@@ -102,7 +102,8 @@ def evaluate(
     """Returns the figures of `scores` ([N] per example) with 95 % percentile bootstrap intervals over the examples.
 
     `popularity` is of the training window. `items` give the vectors for diversity: take the same for every model that
-    is compared. `platt` was fitted on earlier examples (`calibration.fit_platt`); without it the score itself is taken
+    is compared. Log loss and calibration are of clicks that have come by now, of which some slates have fewer than they
+    will have. `platt` was fitted on earlier examples (`calibration.fit_platt`); without it the score itself is taken
     for the logit of a click. `gains` ([N] per example, of `training.judged_gains`) are what the gate compares by, the
     logged ones where they are not given. Champion and challenger evaluated with one seed share their resamples. Raises
     ValueError without examples.
@@ -115,7 +116,7 @@ def evaluate(
         [one.gains_N[: one.num_shown] for one in examples],
         [one.clicked_N[: one.num_shown] for one in examples],
     )
-    logits_ES = logits_so_far(platt.logits(slates.scores_ES), np.array([one.arrived for one in examples]))
+    logits_ES = logits_so_far(platt.logits(slates.scores_ES), np.array([[one.arrived] for one in examples]))
     ratios = _label_ratios(slates, logits_ES)
     whole = line_up(scores, [one.gains_N for one in examples], [one.clicked_N for one in examples])
     judged_E = ndcgs(whole, TOP)

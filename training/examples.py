@@ -51,7 +51,6 @@ class Example:
     gains_N: Floats  # float32 [N], 0 or more: graded label; 0 where nothing good happened
     clicked_N: Flags  # bool [N]: any positive interaction, which is what click rate, AUC and log loss count
     ratings_N: Floats  # float32 [N], 1 to 5; NaN where not rated
-    logged_ms: int = 0  # when the log took it, which for imported history is long after `at_ms`
     num_candidates: int = 0  # that were ranked; 0 where the log does not say, and then those that are here were
     refused: tuple[int, ...] = ()  # positions where a "no" was said, and nothing good: skipped, hidden, rated low
     delays_s: tuple[float, ...] = ()  # how long after it was shown each clicked item was clicked first, in seconds

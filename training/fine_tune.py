@@ -32,8 +32,9 @@ from training.first_step import Factors, learn_tastes
 from training.learner import (
     Learner,
     feature_units,
+    never_vary,
     put_learned,
-    silence_flat,
+    silence,
     to_raw_units,
     to_standard_units,
 )
@@ -125,11 +126,13 @@ def fine_tune(
             raise ValueError("no example to learn from")
         features_RF = np.concatenate([lesson.example.features_NF for lesson in lessons])
         units = feature_units(ranker.head, features_RF)
+        flat_F = never_vary(features_RF)
+        del features_RF  # a hundred megabytes, and more
 
         # 2. The parent, in those units: what learns is a copy of it, whose upper layers do.
         first_layer = max(len(ranker.bert.stack) - settings.trainable_layers, ranker.split_layer)
         parent = copy.deepcopy(ranker).to(device)
-        silence_flat(parent.head, features_RF)
+        silence(parent.head, flat_F)
         to_standard_units(parent.head, *units)
         as_parent = Learner(parent, first_layer, num_positions=1)
 

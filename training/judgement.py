@@ -22,7 +22,7 @@ that nobody meets is taken back in time (`gate.max_canary_s`).
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -110,9 +110,24 @@ def judge(champion: Evidence, canary: Evidence, gate: GateSettings) -> Judgement
     return Judgement("promote", f"no loss of clicks was found: {rates}")
 
 
-def on_probation(champion: Evidence, gate: GateSettings) -> bool:
-    """Returns whether a champion just promoted has yet to answer, or to show, as much as it is judged by."""
-    return champion.requests < _PROBATION_REQUESTS or champion.impressions < _PATIENCE * gate.canary_impressions
+def on_probation(champion: Evidence, since_s: float, gate: GateSettings) -> bool:
+    """Returns whether a champion promoted so long ago has yet to answer, or to show, as much as it is judged by.
+
+    It ends in time, too: what was before is no measure of what comes weeks later.
+    """
+    too_few = champion.requests < _PROBATION_REQUESTS or champion.impressions < _PATIENCE * gate.canary_impressions
+    return too_few and since_s <= gate.max_canary_s
+
+
+def newest_known(before: Evidence, since: Evidence) -> Evidence:
+    """Returns what is known of a version that served twice: requests and clicks each of the newest that can tell."""
+    requests, clicks = (
+        since if enough else before
+        for enough in (since.requests >= _MIN_REQUESTS, since.impressions >= _MIN_IMPRESSIONS)
+    )
+    return replace(
+        requests, impressions=clicks.impressions, shown_G=clicks.shown_G, clicked_G=clicks.clicked_G, refused=""
+    )
 
 
 def judge_fresh(before: Evidence, champion: Evidence, gate: GateSettings) -> Judgement:

@@ -19,6 +19,7 @@ from training.model import SplitRanker
 from training.precision import Precision
 
 _FLAT = 1e-3  # a feature that varies less than this says nothing yet: its unit stays 1
+_RARE = 0.01  # and so it does where no more of its values than this differ from the usual one
 
 
 class Learner(nn.Module):
@@ -105,29 +106,34 @@ def put_learned(ranker: SplitRanker, learned: Mapping[str, Tensor]) -> None:
 def feature_units(head: Head, features_RF: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Returns the mean and the standard deviation [F] by which features become standard.
 
-    A feature's come from the first round in which it varies. Later ones keep what is there, for the weights of the
-    head's inner layer mean so much per unit: with other units they would be another function, and the warm start would
-    be lost.
+    A feature's come from the first round, or the first in which the network may learn from it; where it hardly varies
+    then, its unit is 1. Later ones keep what is there, for the weights of the head's inner layer mean so much per unit:
+    with other units they would be another function, and the warm start would be lost.
     """
     mean, std = head.feature_mean.cpu().double().numpy(), head.feature_std.cpu().double().numpy()
-    if not len(features_RF):
-        return mean, std
-    found = features_RF.astype(np.float64)
-    found_std = np.where(_flat(features_RF), 1.0, found.std(0))
-    # Rounded to what the head will hold, so that both coordinates agree.
-    found_mean, found_std = (one.astype(np.float32).astype(np.float64) for one in (found.mean(0), found_std))
     new_F = np.full(len(mean), True) if _without_units(head) else _silent(head)
-    return np.where(new_F, found_mean, mean), np.where(new_F, found_std, std)
+    if len(features_RF) and new_F.any():
+        found = features_RF[:, new_F].astype(np.float64)
+        found_std = np.where(_nearly_flat(found), 1.0, found.std(0))
+        # Rounded to what the head will hold, so that both coordinates agree.
+        mean[new_F], std[new_F] = (one.astype(np.float32).astype(np.float64) for one in (found.mean(0), found_std))
+    return mean, std
 
 
-def silence_flat(head: Head, features_RF: NDArray[np.float32]) -> None:
-    """Takes the network's initial weights, in place and before it has learned, from features that do not vary.
+def never_vary(features_RF: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Returns which features [F] are the same in every row."""
+    flat_F: NDArray[np.bool_] = np.ptp(features_RF, axis=0) < _FLAT
+    return flat_F
+
+
+def silence(head: Head, flat_F: NDArray[np.bool_]) -> None:
+    """Takes the network's initial weights, in place and before it has learned, from features that never vary.
 
     Nothing will teach those weights before the feature changes, on the first weekend say; and on that day they would
     be heard, whatever they happen to be. At 0 they stay as they are until there is something to learn.
     """
-    if _without_units(head) and len(features_RF):
-        _feature_columns(head)[:, torch.from_numpy(_flat(features_RF))] = 0.0
+    if _without_units(head):
+        _feature_columns(head)[:, torch.from_numpy(flat_F)] = 0.0
 
 
 def to_standard_units(head: Head, mean: NDArray[np.float64], std: NDArray[np.float64]) -> None:
@@ -158,13 +164,15 @@ def _without_units(head: Head) -> bool:
     return not head.feature_mean.any() and bool((head.feature_std == 1).all())
 
 
-def _flat(features_RF: NDArray[np.float32]) -> NDArray[np.bool_]:
-    flat_F: NDArray[np.bool_] = features_RF.astype(np.float64).std(0) < _FLAT
-    return flat_F
+def _nearly_flat(features_RF: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Whether a feature is nearly always the same: by what few rows differ one would measure them far too large."""
+    rare_F = (features_RF != np.median(features_RF, axis=0)).mean(0) < _RARE
+    result: NDArray[np.bool_] = rare_F | (features_RF.std(0) < _FLAT)
+    return result
 
 
 def _silent(head: Head) -> NDArray[np.bool_]:
-    """Returns which features [F] the network makes nothing of, because they have not varied yet."""
+    """Returns which features [F] the network makes nothing of: they have not varied yet, where it has learned."""
     silent_F: NDArray[np.bool_] = (_feature_columns(head) == 0).all(0).cpu().numpy()
     return silent_F
 

@@ -4,8 +4,9 @@ Everything is bounded: impressions that wait for their clicks, clicks that came 
 versions remembered. Users are counted in groups, by a hash of their id.
 
 Versions that serve side by side are compared by what has been clicked so far: both lack the clicks that are yet to
-come. Versions that served one after the other are not: there each impression is given the same time (`SETTLED_S`), or
-the newer one would always seem to lose.
+come, and suffer alike from a machine under load. Versions that served one after the other are not: there each
+impression is given the same time (`SETTLED_S`), or the newer one would always seem to lose, and those that the model
+was too late for, whose order is not its own, are left out.
 """
 
 import time
@@ -21,12 +22,14 @@ from tailrace.events import Action, Click, Impression
 from tailrace.ids import ItemId, ModelVersion, RequestId, UserId
 from training.judgement import GROUPS, Counts, Evidence
 
-SETTLED_S = 60.0
+SETTLED_S = 60.0  # from being shown to a click that counts
 
-_MAX_WAITING = 20_000  # impressions, and as many early clicks
+_GRACE_S = 10.0  # for a click to reach us
+_WAIT_S = 1800.0  # for clicks, where versions serve side by side
+_MAX_WAITING = 20_000  # impressions, and as many early clicks; of more than come in the wait, the first stand for all
 _MAX_OF_USER = 8  # impressions that a click without a request id may be of
-_ATTRIBUTION_S = 1800.0  # after which it is of none
 _MAX_VERSIONS = 16
+_ITS_OWN_ORDER = ("none", "no_profile")  # the rungs on which the model's scores rank
 _GOOD: frozenset[Action] = frozenset({"click", "like", "save", "share", "purchase"})
 
 
@@ -81,13 +84,18 @@ class _Version:
 
 @dataclass
 class _Shown:
-    """An impression that waits for clicks: its version, the user, and of each item whether it has been clicked."""
+    """An impression that waits for clicks: its version, the user, and of each item whether it has been clicked.
+
+    `at_ms` is when it was shown, `since_s` when we heard of it; `clicked_soon` counts clicks within `SETTLED_S`.
+    """
 
     version: ModelVersion
     user_id: UserId
     group: int
     items: dict[ItemId, bool]
+    at_ms: int
     since_s: float
+    clicked_soon: int = 0
 
 
 class LiveEvidence:
@@ -99,12 +107,16 @@ class LiveEvidence:
         self._waiting: OrderedDict[RequestId, _Shown] = OrderedDict()
         self._of_user: dict[UserId, deque[_Shown]] = {}  # those that wait, oldest first
         self._unsettled: deque[_Shown] = deque()  # oldest first
-        self._early: OrderedDict[tuple[RequestId, ItemId], None] = OrderedDict()
+        self._early: OrderedDict[tuple[RequestId, ItemId], int] = OrderedDict()  # when they were
         self._told: dict[tuple[str, ModelVersion], VersionCounts] = {}
 
     def begin(self) -> None:
         """Forgets all counts; what replicas have counted so far belongs to the past."""
         self._versions.clear()
+        self.break_off()
+
+    def break_off(self) -> None:
+        """Forgets impressions that wait: there is a gap in what is heard, and their clicks may have been in it."""
         self._waiting.clear()
         self._of_user.clear()
         self._unsettled.clear()
@@ -118,31 +130,32 @@ class LiveEvidence:
     def settled(self, version: ModelVersion) -> Evidence:
         """Returns the evidence on a version, for comparison with one that served at another time.
 
-        Of impressions those shown `SETTLED_S` ago or earlier count, with the clicks that each had by then.
+        Of impressions those shown a good while ago count, with the clicks that each had within `SETTLED_S`.
         """
-        self._settle()
+        self._let_go()
         found = self._versions.get(version, _Version())
         return _evidence(found, found.settled)
 
     def add_impression(self, impression: Impression) -> None:
         """Counts what was shown. The same impression again changes nothing while the first still waits for clicks."""
         request_id = impression.request_id
-        if request_id in self._waiting:
+        self._let_go()
+        if request_id in self._waiting or len(self._waiting) >= _MAX_WAITING:
             return
-        self._settle()
         user_id = impression.user_id
         items = {ranked.item_id: False for ranked in impression.shown}
-        shown = _Shown(impression.model_version, user_id, _group(user_id), items, self._clock_s())
+        shown = _Shown(
+            impression.model_version, user_id, _group(user_id), items, at_ms=impression.at_ms, since_s=self._clock_s()
+        )
         self._version(shown.version).so_far.add(shown.group, len(items))
         self._waiting[request_id] = shown
         self._of_user.setdefault(user_id, deque(maxlen=_MAX_OF_USER)).append(shown)
-        if len(self._unsettled) < _MAX_WAITING:  # of more than that in so short a time, those first shown stand for all
+        if impression.degraded in _ITS_OWN_ORDER:
             self._unsettled.append(shown)
         for item_id in items:
-            if self._early.pop((request_id, item_id), False) is None:
-                self._count_click(shown, item_id)
-        if len(self._waiting) > _MAX_WAITING:
-            self._forget(self._waiting.popitem(last=False)[1])
+            at_ms = self._early.pop((request_id, item_id), None)
+            if at_ms is not None:
+                self._count_click(shown, item_id, at_ms)
 
     def add_click(self, click: Click) -> None:
         """Counts a click for the impression it names: an item's first, and only what is a good sign.
@@ -151,18 +164,18 @@ class LiveEvidence:
         """
         if click.action not in _GOOD:
             return
-        self._settle()
+        self._let_go()
         if click.request_id is None:
-            recent = (shown for shown in reversed(self._of_user.get(click.user_id, ())) if self._recent(shown))
+            recent = reversed(self._of_user.get(click.user_id, ()))
             shown = next((one for one in recent if click.item_id in one.items), None)
-            if shown is not None:
-                self._count_click(shown, click.item_id)
-            return
-        shown = self._waiting.get(click.request_id)
+        else:
+            shown = self._waiting.get(click.request_id)
         if shown is not None:
-            self._count_click(shown, click.item_id)
+            self._count_click(shown, click.item_id, click.at_ms)
             return
-        self._early[click.request_id, click.item_id] = None
+        if click.request_id is None:
+            return
+        self._early[click.request_id, click.item_id] = click.at_ms
         if len(self._early) > _MAX_WAITING:
             self._early.popitem(last=False)
 
@@ -195,26 +208,25 @@ class LiveEvidence:
             (status.replica, version): now for status in replicas for version, now in status.versions.items()
         } or self._told  # an answer without replicas says nothing
 
-    def _count_click(self, shown: _Shown, item_id: ItemId) -> None:
+    def _count_click(self, shown: _Shown, item_id: ItemId, at_ms: int) -> None:
         if shown.items.get(item_id) is False:
             shown.items[item_id] = True
+            shown.clicked_soon += at_ms - shown.at_ms <= SETTLED_S * 1000
             self._version(shown.version).so_far.clicked_G[shown.group] += 1
 
-    def _recent(self, shown: _Shown) -> bool:
-        return self._clock_s() - shown.since_s <= _ATTRIBUTION_S
-
-    def _forget(self, shown: _Shown) -> None:
-        of_user = self._of_user.get(shown.user_id)
-        if of_user and of_user[0] is shown:  # it is not where the user has been shown more since than is kept
-            of_user.popleft()
-            if not of_user:
-                del self._of_user[shown.user_id]
-
-    def _settle(self) -> None:
-        until_s = self._clock_s() - SETTLED_S
-        while self._unsettled and self._unsettled[0].since_s <= until_s:
+    def _let_go(self) -> None:
+        """Settles what has waited long enough for that, and forgets what has waited long enough at all."""
+        now_s = self._clock_s()
+        while self._unsettled and self._unsettled[0].since_s <= now_s - SETTLED_S - _GRACE_S:
             shown = self._unsettled.popleft()
-            self._version(shown.version).settled.add(shown.group, len(shown.items), sum(shown.items.values()))
+            self._version(shown.version).settled.add(shown.group, len(shown.items), shown.clicked_soon)
+        while self._waiting and next(iter(self._waiting.values())).since_s <= now_s - _WAIT_S:
+            shown = self._waiting.popitem(last=False)[1]
+            of_user = self._of_user.get(shown.user_id)
+            if of_user and of_user[0] is shown:  # it is not where the user has been shown more since than is kept
+                of_user.popleft()
+                if not of_user:
+                    del self._of_user[shown.user_id]
 
     def _version(self, version: ModelVersion) -> _Version:
         if version not in self._versions and len(self._versions) >= _MAX_VERSIONS:

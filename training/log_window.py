@@ -4,15 +4,16 @@ The log itself is the reservoir: a round reads `window_s` of it, keeps the newes
 cut-off and a sample of older ones. So no second copy of personal data has to be kept and erased, and a round is a pure
 function of offsets and parent; the alternative, a stored reservoir, would be cheaper to read and neither of these.
 
-Two clocks. WHERE the window lies, and what in it is fresh, goes by the time of the records, when they were logged:
-imported history is years old by its own time, and yet new to the log. WHAT happened after what, waiting, attribution,
-age and the order of examples, goes by the events' own time. A record's time may run behind its arrival by no more than
-`wait_s`: an impression that was on its way to the log at the last cut-off is then fresh in the next round.
+Two clocks. WHERE the window lies, and what in it has not been read yet, goes by the time of the records, when they
+were logged: imported history is years old by its own time, and yet new to the log. WHAT happened after what, waiting,
+attribution, age, the order of examples, and so what the last round has learned from, goes by the events' own time. A
+record's time may run behind its arrival by no more than `wait_s`: an impression that was on its way to the log at the
+last cut-off is then fresh in the next round.
 """
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import msgspec
@@ -37,15 +38,24 @@ CHUNK = 500  # records decoded at once: impressions are about 10 kB each
 _PATIENCE_S = 30.0
 
 
+class AlreadyRead(msgspec.Struct, frozen=True, kw_only=True):
+    """What the champion's own round has learned from: impressions shown before `learned_until_ms`, of those that had
+    been logged by `cutoff_ms`, where its window ended.
+    """
+
+    learned_until_ms: int
+    cutoff_ms: int
+
+
 class LogWindow(msgspec.Struct, frozen=True, kw_only=True):
     """Which records a round reads: per "stream:partition" from the first offset up to, not including, the second.
 
-    It goes into the bundle's training record.
+    All that is not `already` learned from is fresh. It goes into the bundle's training record.
     """
 
     since_ms: int
     cutoff_ms: int
-    fresh_since_ms: int | None
+    already: AlreadyRead | None = None
     offsets: dict[str, tuple[int, int]]
 
     @property
@@ -68,13 +78,9 @@ class Window(NamedTuple):
 
 
 def plan_window(
-    kafka: KafkaSettings, training: TrainingSettings, *, now_ms: int, fresh_since_ms: int | None
+    kafka: KafkaSettings, training: TrainingSettings, *, now_ms: int, already: AlreadyRead | None
 ) -> LogWindow:
-    """Returns the window that ends now. What is logged from here on is not in it. Raises BrokerUnavailable.
-
-    `fresh_since_ms` is when the first impression that the champion has not learned from was logged; None: all are
-    fresh.
-    """
+    """Returns the window that ends now. What is logged from here on is not in it. Raises BrokerUnavailable."""
     since_ms = max(now_ms - round(training.window_s * 1000), 0)
     topics = tailrace_topics(kafka)
     names = {
@@ -95,7 +101,7 @@ def plan_window(
         name: (ends[place] if begins.get(place) is None else min(begins[place].offset, ends[place]), ends[place])
         for name, place in names.items()
     }
-    return LogWindow(since_ms=since_ms, cutoff_ms=now_ms, fresh_since_ms=fresh_since_ms, offsets=offsets)
+    return LogWindow(since_ms=since_ms, cutoff_ms=now_ms, already=already, offsets=offsets)
 
 
 def read_examples(
@@ -175,18 +181,21 @@ def read_partition(
         undecodable += chunk.undecodable
     joining = Joining(pd.concat(tables), forgotten, cutoff_ms=window.cutoff_ms, settings=training)
     # 2. Impressions, a chunk at a time; only those that may be kept become examples.
-    fresh_ms = None if window.fresh_since_ms is None else window.fresh_since_ms - training.wait_s * 1000
+    already = window.already
     for chunk in impressions:
         undecodable += chunk.undecodable
         joining.forget(chunk.forgotten)
         for impression in joining.admit(chunk.impressions):
             request_id, at_ms = impression.request_id, impression.at_ms
-            logged_ms = chunk.logged_ms[request_id]
-            fresh = fresh_ms is None or logged_ms > fresh_ms
+            fresh = (
+                already is None
+                or at_ms >= already.learned_until_ms
+                or chunk.logged_ms[request_id] > already.cutoff_ms - training.wait_s * 1000
+            )
             if selection.wants(request_id, at_ms, fresh=fresh):
                 example = joining.example(impression)
                 if example is not None:
-                    selection.offer(replace(example, logged_ms=logged_ms), partition, fresh=fresh)
+                    selection.offer(example, partition, fresh=fresh)
     # 3. Labels, for what is kept of it.
     selection.settle(partition, joining.finish())
     return joining.counts + JoinCounts(undecodable=undecodable)

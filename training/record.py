@@ -7,15 +7,13 @@ import msgspec
 from tailrace.errors import BundleError
 from tailrace.ids import ModelVersion
 from training.examples import JoinCounts
-from training.log_window import LogWindow
+from training.log_window import AlreadyRead, LogWindow
 
 RECORD_FILE = "training.json"
 
 
 class TrainingRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One round's reading. What was logged from `learned_until_ms` on is fresh to the next round: the slice that the
-    gate decided on was not learned from.
-    """
+    """One round's reading. What was shown from `learned_until_ms` on was not learned from: the gate decided on it."""
 
     parent: ModelVersion
     window: LogWindow
@@ -23,6 +21,10 @@ class TrainingRecord(msgspec.Struct, frozen=True, kw_only=True):
     learned_until_ms: int
     fresh: int
     replayed: int
+
+    def already(self) -> AlreadyRead:
+        """Returns what the next round need not learn from as if it were new."""
+        return AlreadyRead(learned_until_ms=self.learned_until_ms, cutoff_ms=self.window.cutoff_ms)
 
 
 def save_record(record: TrainingRecord, directory: Path) -> None:

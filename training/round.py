@@ -33,7 +33,7 @@ from training.fine_tune import FineTuned, Job, fine_tune, learn_alone
 from training.gate import decide
 from training.graphs import Precision
 from training.kinship import require_kinship
-from training.log_window import LogWindow, Window
+from training.log_window import AlreadyRead, LogWindow, Window
 from training.record import load_record, save_record
 from training.rescoring import BundleScorer
 from training.round_state import (
@@ -60,7 +60,7 @@ Progress = Callable[[str, int, int], None]  # what is under way, done, in all
 class FeedbackLog(Protocol):
     """Where impressions and feedback come from: Kafka, or a simulated world's memory."""
 
-    def plan(self, *, now_ms: int, fresh_since_ms: int | None) -> LogWindow:
+    def plan(self, *, now_ms: int, already: AlreadyRead | None) -> LogWindow:
         """Returns the window that ends now."""
 
     def read(self, window: LogWindow, progress: Progress) -> Window:
@@ -221,9 +221,8 @@ def run_round(parts: RoundParts) -> RoundRecord:
 def _plan(parts: RoundParts, champion: ModelVersion, generation: int, champion_folder: Path) -> Plan:
     record = load_record(champion_folder)
     now = parts.now()
-    window = parts.log.plan(
-        now_ms=round(now.timestamp() * 1000), fresh_since_ms=None if record is None else record.learned_until_ms
-    )
+    already = None if record is None else record.already()
+    window = parts.log.plan(now_ms=round(now.timestamp() * 1000), already=already)
     return Plan(version=new_version(now), parent=champion, generation=generation, window=window)
 
 

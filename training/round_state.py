@@ -52,8 +52,8 @@ class Split:
 
     @property
     def learned_until_ms(self) -> int:
-        """When the first impression that was not learned from was logged: the clock of windows."""
-        return min(example.logged_ms for example in self.holdout)
+        """The time of the first impression that was not learned from."""
+        return self.holdout[0].at_ms
 
 
 @dataclass

@@ -25,7 +25,7 @@ from tailrace.pointer import Pointer
 from tailrace.registry import Registry, announce, open_registry
 from tailrace.settings import GateSettings, KafkaSettings, Settings
 from tailrace.topics import tailrace_topics
-from training.judgement import NO_EVIDENCE, Evidence, Judgement, judge, judge_fresh, on_probation
+from training.judgement import NO_EVIDENCE, Evidence, Judgement, judge, judge_fresh, newest_known, on_probation
 from training.live_evidence import LiveEvidence, ModelsPage
 
 log = structlog.get_logger()
@@ -57,9 +57,7 @@ class Watch:
             return
         if last is not None:
             did = self.evidence.settled(last.champion)
-            if did.requests or last.champion not in self._before:
-                self._before.pop(last.champion, None)
-                self._before[last.champion] = did
+            self._before[last.champion] = newest_known(self._before.pop(last.champion, NO_EVIDENCE), did)
             for version in list(self._before)[:-_MAX_REMEMBERED]:
                 del self._before[version]
         self.evidence.begin()
@@ -70,15 +68,15 @@ class Watch:
         pointer = self._pointer
         if pointer is None or pointer.pinned:
             return None
+        since_s = (now - pointer.updated_at).total_seconds()
         if pointer.canary is not None:
             champion, canary = self.evidence.so_far(pointer.champion), self.evidence.so_far(pointer.canary)
             judgement = judge(champion, canary, self._gate)
-            on_trial_s = (now - pointer.updated_at).total_seconds()
-            if judgement.action == "wait" and on_trial_s > self._gate.max_canary_s:
-                judgement = Judgement("rollback", f"undecided after {on_trial_s:.0f} s: {judgement.reason}")
+            if judgement.action == "wait" and since_s > self._gate.max_canary_s:
+                judgement = Judgement("rollback", f"undecided after {since_s:.0f} s: {judgement.reason}")
             return pointer.canary, judgement
         fresh = self.evidence.settled(pointer.champion)
-        if pointer.reason == "promote" and pointer.history and on_probation(fresh, self._gate):
+        if pointer.reason == "promote" and pointer.history and on_probation(fresh, since_s, self._gate):
             before = self._before.get(pointer.history[-1], NO_EVIDENCE)
             return pointer.champion, judge_fresh(before, fresh, self._gate)
         return None
@@ -139,6 +137,7 @@ def watch(
         while not stop.is_set():
             try:
                 with closing(_Feed(settings.kafka)) as feed:
+                    watched.evidence.break_off()  # a feed begins now, wherever the last one ended
                     while not stop.is_set():
                         _look(watched, feed, client, registry, settings, decided, interval_s, stop)
             except (KafkaError, BrokerUnavailable) as error:

@@ -16,7 +16,7 @@ from tailrace.kafka_clients import create_topics, open_producer, partition_of
 from tailrace.settings import KafkaSettings, TrainingSettings
 from tailrace.topics import tailrace_topics
 from tests.unit.test_examples import impression, rating, same
-from training.log_window import LogWindow, Window, plan_window, read_examples
+from training.log_window import AlreadyRead, LogWindow, Window, plan_window, read_examples
 
 PARTITIONS = 3
 NOW_MS = time.time_ns() // 1_000_000  # Kafka takes no record from long before or after
@@ -74,8 +74,10 @@ class Log:
 
     def plan(self, fresh_since_s: float | None = None) -> LogWindow:
         self.flush()
-        fresh_since_ms = None if fresh_since_s is None else _at(fresh_since_s)
-        return plan_window(self.kafka, SETTINGS, now_ms=NOW_MS, fresh_since_ms=fresh_since_ms)
+        already = None
+        if fresh_since_s is not None:
+            already = AlreadyRead(learned_until_ms=_at(fresh_since_s), cutoff_ms=_at(fresh_since_s))
+        return plan_window(self.kafka, SETTINGS, now_ms=NOW_MS, already=already)
 
     def read(self, window: LogWindow, settings: TrainingSettings = SETTINGS, **options: Any) -> Window:
         return read_examples(self.kafka, window, settings, seed=1, **options)
@@ -215,7 +217,7 @@ def test_broker_that_does_not_answer_is_said_so() -> None:
     away = KafkaSettings(bootstrap_servers="127.0.0.1:1")
     begin = time.monotonic()
     with pytest.raises(BrokerUnavailable):
-        plan_window(away, SETTINGS, now_ms=NOW_MS, fresh_since_ms=None)
+        plan_window(away, SETTINGS, now_ms=NOW_MS, already=None)
     assert time.monotonic() - begin < 30
 
 

@@ -22,7 +22,7 @@ from tests.made_up_slates import make_examples
 from training.bert import PACKAGED, Bert, BertShape, load_base
 from training.examples import Example, JoinCounts
 from training.export import export_bundle
-from training.log_window import LogWindow, Window
+from training.log_window import AlreadyRead, LogWindow, Window
 from training.model import SplitRanker
 from training.round import Progress, RoundParts, run_round
 
@@ -45,9 +45,9 @@ class MadeUpLog:
         examples, worths = make_examples(count)
         self.examples = [_with_worth(example, worth) for example, worth in zip(examples, worths, strict=True)]
 
-    def plan(self, *, now_ms: int, fresh_since_ms: int | None) -> LogWindow:
+    def plan(self, *, now_ms: int, already: AlreadyRead | None) -> LogWindow:
         """Returns a window over everything."""
-        return LogWindow(since_ms=0, cutoff_ms=now_ms, fresh_since_ms=fresh_since_ms, offsets={})
+        return LogWindow(since_ms=0, cutoff_ms=now_ms, already=already, offsets={})
 
     def read(self, window: LogWindow, progress: Progress) -> Window:
         """Returns the examples."""

@@ -19,7 +19,7 @@ from tailrace.rounds import open_round_log
 from tailrace.settings import Settings
 from tests.recovery.round_process import FIRST, MadeUpLog, make_parts, make_settings, publish_first
 from training.fine_tune import FineTuned, Job, learn_alone
-from training.log_window import LogWindow
+from training.log_window import AlreadyRead, LogWindow
 from training.round import STEPS, run_round
 from training.round_state import Plan
 
@@ -92,7 +92,7 @@ def test_round_that_could_not_begin_is_recorded(data: Path) -> None:
     settings = make_settings(data)
 
     class NoBroker(MadeUpLog):
-        def plan(self, *, now_ms: int, fresh_since_ms: int | None) -> LogWindow:
+        def plan(self, *, now_ms: int, already: AlreadyRead | None) -> LogWindow:
             raise BrokerUnavailable("nobody answers at 127.0.0.1:9")
 
     with pytest.raises(BrokerUnavailable):
@@ -196,7 +196,7 @@ def test_round_recorded_and_killed_before_it_was_tidied_up_is_over(data: Path) -
                 version=record.version,
                 parent=FIRST,
                 generation=1,
-                window=parts.log.plan(now_ms=round(record.started_at.timestamp() * 1000), fresh_since_ms=None),
+                window=parts.log.plan(now_ms=round(record.started_at.timestamp() * 1000), already=None),
             )
         )
     )

@@ -44,7 +44,7 @@ from training.export import export_bundle
 from training.fine_tune import FineTuned, Job, learn_alone
 from training.judgement import Judgement
 from training.live_evidence import ReplicaStatus
-from training.log_window import LogWindow, Window
+from training.log_window import AlreadyRead, LogWindow, Window
 from training.model import SplitRanker
 from training.parity import made_up_texts
 from training.round import Progress, RoundParts, run_round
@@ -122,9 +122,9 @@ class FixedLog:
 
     examples: Sequence[Example]
 
-    def plan(self, *, now_ms: int, fresh_since_ms: int | None) -> LogWindow:
+    def plan(self, *, now_ms: int, already: AlreadyRead | None) -> LogWindow:
         """Returns a window over everything."""
-        return LogWindow(since_ms=0, cutoff_ms=now_ms, fresh_since_ms=fresh_since_ms, offsets={})
+        return LogWindow(since_ms=0, cutoff_ms=now_ms, already=already, offsets={})
 
     def read(self, window: LogWindow, progress: Progress) -> Window:
         """Returns the examples."""

@@ -137,6 +137,18 @@ def test_clicks_that_are_yet_to_come_are_no_error_of_the_chances() -> None:
     assert found == pytest.approx(log_loss(clicked, np.concatenate(chances)))
 
 
+def test_platt_scaling_is_of_clicks_that_come_sooner_or_later() -> None:
+    rng = np.random.default_rng(0)
+    scores, arrived = rng.normal(size=40_000), rng.choice([0.4, 0.9], 40_000)
+    clicked = rng.random(40_000) < arrived / (1 + np.exp(-(1.3 * scores - 2.0)))
+    found = fit_platt(scores, clicked, arrived)
+    assert (found.slope, found.intercept) == (pytest.approx(1.3, abs=0.1), pytest.approx(-2.0, abs=0.1))
+    naive = fit_platt(scores, clicked)
+    assert naive.intercept < -2.3
+    flat = fit_platt(np.zeros(40_000), clicked, arrived).intercept
+    assert flat > fit_platt(np.zeros(40_000), clicked).intercept + 0.3
+
+
 def test_only_shown_items_have_labels_so_scores_of_the_others_change_no_label_figure() -> None:
     examples, worths = make_examples(50)
     other = [worth.copy() for worth in worths]

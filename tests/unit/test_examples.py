@@ -18,7 +18,7 @@ from tailrace.settings import TrainingSettings
 from tailrace.tastes import Tastes, bucket
 from training.attribution import hash_ids
 from training.examples import Example, JoinCounts, Joined, join
-from training.log_window import Chunk, LogWindow, decode_chunk, read_partition
+from training.log_window import AlreadyRead, Chunk, LogWindow, decode_chunk, read_partition
 from training.reservoir import Selection
 from training.round_state import split_by_time
 
@@ -520,7 +520,10 @@ def read(
         Chunk(impressions=piece, logged_ms={one.request_id: one.at_ms for one in reversed(piece)})
         for piece in cut(impressions, sizes)
     ]
-    window = LogWindow(since_ms=0, cutoff_ms=CUTOFF_MS, fresh_since_ms=fresh_since_ms, offsets={})
+    already = None
+    if fresh_since_ms is not None:
+        already = AlreadyRead(learned_until_ms=fresh_since_ms, cutoff_ms=fresh_since_ms)
+    window = LogWindow(since_ms=0, cutoff_ms=CUTOFF_MS, already=already, offsets={})
     return selection, read_partition(3, pieces, slates, selection, window, SETTINGS)
 
 
@@ -531,8 +534,7 @@ def test_log_cut_into_pieces_of_any_size_gives_the_same_examples(log: Log, sizes
     whole = joined(impressions, *feedback, erasures=erasures)
     selection, counts = read(log, sizes)
     assert counts == whole.counts
-    expected = [replace(one, logged_ms=one.at_ms) for one in whole.examples]
-    assert same(selection.fresh, sorted(expected, key=lambda one: (one.at_ms, one.request_id)))
+    assert same(selection.fresh, sorted(whole.examples, key=lambda one: (one.at_ms, one.request_id)))
     assert selection.replay == []
 
 
@@ -565,7 +567,8 @@ def test_fresh_is_what_was_logged_after_the_last_cutoff_less_the_wait() -> None:
 
 def test_history_that_was_imported_since_is_fresh_though_it_is_old() -> None:
     old = impression("a", 10)
-    window = LogWindow(since_ms=0, cutoff_ms=30 * DAY_MS, fresh_since_ms=20 * DAY_MS, offsets={})
+    already = AlreadyRead(learned_until_ms=20 * DAY_MS, cutoff_ms=20 * DAY_MS)
+    window = LogWindow(since_ms=0, cutoff_ms=30 * DAY_MS, already=already, offsets={})
     chunk = Chunk(impressions=[old], logged_ms={old.request_id: 25 * DAY_MS})
     selection = Selection(max_fresh=5, max_replay=5, half_life_ms=1000, seed=0)
     read_partition(0, [Chunk(clicks=[click(at_s=11, request="a")])], [chunk], selection, window, SETTINGS)
@@ -573,23 +576,24 @@ def test_history_that_was_imported_since_is_fresh_though_it_is_old() -> None:
     assert selection.replay == []
 
 
-def test_history_that_was_imported_is_fresh_once_and_replayed_after_that() -> None:
+def test_history_that_was_imported_in_a_burst_is_fresh_once_and_replayed_after_that() -> None:
     old = [impression(f"r{number}", number) for number in range(10)]
-    chunk = Chunk(
-        impressions=old, logged_ms={one.request_id: 25 * DAY_MS + 60_000 * number for number, one in enumerate(old)}
-    )
+    live = [impression("live", 26 * 86_400)]
+    logged_ms = {one.request_id: 25 * DAY_MS + number for number, one in enumerate(old)} | {"live": live[0].at_ms}
 
-    def window(fresh_since_ms: int | None) -> Selection:
+    def read_until(cutoff_ms: int, already: AlreadyRead | None) -> Selection:
         selection = Selection(max_fresh=20, max_replay=20, half_life_ms=1e9, seed=0)
-        found = LogWindow(since_ms=0, cutoff_ms=30 * DAY_MS, fresh_since_ms=fresh_since_ms, offsets={})
-        read_partition(0, [], [chunk], selection, found, SETTINGS)
+        window = LogWindow(since_ms=0, cutoff_ms=cutoff_ms, already=already, offsets={})
+        logged = [one for one in (*old, *live) if logged_ms[one.request_id] < cutoff_ms]
+        read_partition(0, [], [Chunk(impressions=logged, logged_ms=logged_ms)], selection, window, SETTINGS)
         return selection
 
-    first = window(None)
+    cutoff_ms = 25 * DAY_MS + 10_000
+    first = read_until(cutoff_ms, None)
     learned = split_by_time(first.fresh, TrainingSettings(min_examples=1, holdout_share=0.2, stop_share=0.2))
     assert [one.request_id for one in learned.holdout] == ["r8", "r9"]
-    second = window(learned.learned_until_ms)
-    assert [one.request_id for one in second.fresh] == ["r8", "r9"]
+    second = read_until(30 * DAY_MS, AlreadyRead(learned_until_ms=learned.learned_until_ms, cutoff_ms=cutoff_ms))
+    assert [one.request_id for one in second.fresh] == ["r8", "r9", "live"]
     assert [one.request_id for one in second.replay] == [f"r{number}" for number in range(8)]
 
 
@@ -597,7 +601,8 @@ def test_erasure_that_only_the_impressions_tell_of_empties_the_reservoir_too() -
     slates = [impression("a", 10), impression("b", 11, user="u1"), impression("c", 70), impression("d", 71, user="u1")]
     chunks = [Chunk(impressions=slates, logged_ms={one.request_id: one.at_ms for one in slates})]
     chunks.append(Chunk(forgotten={UserId("u0"): 72_000}))
-    window = LogWindow(since_ms=0, cutoff_ms=CUTOFF_MS, fresh_since_ms=60_000, offsets={})
+    already = AlreadyRead(learned_until_ms=60_000, cutoff_ms=60_000)
+    window = LogWindow(since_ms=0, cutoff_ms=CUTOFF_MS, already=already, offsets={})
     selection = Selection(max_fresh=5, max_replay=5, half_life_ms=10_000, seed=0)
     counts = read_partition(0, [], chunks, selection, window, SETTINGS)
     assert [one.request_id for one in selection.fresh] == ["d"]

@@ -409,11 +409,22 @@ def test_parent_is_returned_where_nothing_beats_it(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(("loss", "contends", "better"), [(1.9, True, True), (2.01, True, False), (2.03, False, False)])
-def test_what_the_stop_slice_cannot_tell_apart_is_left_to_the_gate(loss: float, contends: bool, better: bool) -> None:
+@pytest.mark.parametrize(
+    ("loss", "error", "contends", "better"),
+    [
+        (1.9, 0.02, True, True),
+        (2.01, 0.02, True, False),
+        (2.03, 0.02, False, False),
+        (2.0, 0.0, False, False),  # the very parent
+        (float("nan"), float("nan"), False, False),
+    ],
+)
+def test_what_the_stop_slice_cannot_tell_apart_is_left_to_the_gate(
+    loss: float, error: float, contends: bool, better: bool
+) -> None:
     trial = Learner(small_ranker(), 3, num_positions=1)
     course = SimpleNamespace(best_epochs=lambda: [0], snapshots={0: trial.learned()})
-    stop = SimpleNamespace(measure=lambda learner: StopFigures(loss, parent_loss=2.0, error=0.02, ndcg_10=0.5))
+    stop = SimpleNamespace(measure=lambda learner: StopFigures(loss, parent_loss=2.0, error=error, ndcg_10=0.5))
     chosen = choose_weights(course, trial, stop)
     assert (chosen.weights is not None, chosen.better) == (contends, better)
     assert ("within the standard error" in chosen.reason) == (contends and not better)
@@ -703,6 +714,16 @@ def test_units_are_taken_from_the_first_round_and_kept_after_it(tmp_path: Path) 
     second = learn(tmp_path / "2", wider, stop, ranker=first).ranker
     assert torch.equal(second.head.feature_mean, first.head.feature_mean)
     assert torch.equal(second.head.feature_std, first.head.feature_std)
+
+
+def test_units_are_not_measured_by_a_few_stray_values() -> None:
+    features = np.random.default_rng(0).normal(7, 3, size=(1000, len(FEATURE_NAMES))).astype(np.float32)
+    features[:, RANK] = 0.0
+    features[:5, RANK] = 1.0
+    std = feature_units(small_ranker().head, features)[1]
+    assert std[RANK] == 1.0 and std[COSINE] == pytest.approx(3, abs=0.3)
+    features[:300, RANK] = 1.0
+    assert feature_units(small_ranker().head, features)[1][RANK] == pytest.approx(0.458, abs=0.001)
 
 
 def test_what_has_never_varied_says_nothing_until_it_does(tmp_path: Path) -> None:

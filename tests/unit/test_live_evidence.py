@@ -16,7 +16,9 @@ NOW = datetime(2026, 11, 23, 1, tzinfo=UTC)
 V1, V2 = ModelVersion("v1"), ModelVersion("v2")
 
 
-def impression(request: str = "r1", version: str = "v1", user: str = "u", items: str = "abc") -> Impression:
+def impression(
+    request: str = "r1", version: str = "v1", user: str = "u", items: str = "abc", degraded: str = "none"
+) -> Impression:
     ranked = [Ranked(item_id=item, text="", features="", score=0.0, source="user") for item in items]
     return Impression(
         event_id=request,
@@ -27,11 +29,13 @@ def impression(request: str = "r1", version: str = "v1", user: str = "u", items:
         feature_names_hash="",
         user_text="",
         shown=ranked,
+        degraded=degraded,
     )
 
 
-def click(item: str = "a", request: str | None = "r1", **fields: Any) -> Click:
-    return Click(event_id="e", user_id="u", occurred_at=1, item_id=item, request_id=request, **fields)
+def click(item: str = "a", request: str | None = "r1", *, after_s: float = 0.001, **fields: Any) -> Click:
+    at_ms = round(after_s * 1000)
+    return Click(event_id="e", user_id="u", occurred_at=at_ms, item_id=item, request_id=request, **fields)
 
 
 def counted(evidence: LiveEvidence, version: str = "v1") -> tuple[int, int, int]:
@@ -160,26 +164,64 @@ def pointer(generation: int, **fields: Any) -> Pointer:
     return Pointer(generation=generation, updated_at=datetime(2026, 11, 23, tzinfo=UTC), **found)
 
 
+def settled(evidence: LiveEvidence, version: str = "v1") -> tuple[int, int, int]:
+    """Impressions, items shown, items clicked, of what has settled."""
+    found = evidence.settled(ModelVersion(version))
+    return found.impressions, int(found.shown_G.sum()), int(found.clicked_G.sum())
+
+
 def test_settled_evidence_gives_every_impression_the_same_time_for_its_clicks() -> None:
     now_s = [0.0]
     evidence = LiveEvidence(lambda: now_s[0])
-
-    def settled() -> tuple[int, int, int]:
-        found = evidence.settled(ModelVersion("v1"))
-        return found.impressions, int(found.shown_G.sum()), int(found.clicked_G.sum())
-
     evidence.add_impression(impression("r1"))
-    now_s[0] = SETTLED_S / 2
-    evidence.add_click(click("a", "r1"))
+    now_s[0] = 30.0
+    evidence.add_click(click("a", "r1", after_s=30))
     evidence.add_impression(impression("r2"))
-    assert (counted(evidence), settled()) == ((2, 6, 1), (0, 0, 0))
-    now_s[0] = SETTLED_S
-    evidence.add_click(click("b", "r1"))  # too late for the one count, not for the other
-    assert (counted(evidence), settled()) == ((2, 6, 2), (1, 3, 1))
-    now_s[0] = 2 * SETTLED_S
-    assert settled() == (2, 6, 1)
+    assert (counted(evidence), settled(evidence)) == ((2, 6, 1), (0, 0, 0))
+    now_s[0] = 65.0
+    evidence.add_click(click("b", "r1", after_s=65))  # too late for the one count, not for the other
+    assert (counted(evidence), settled(evidence)) == ((2, 6, 2), (0, 0, 0))
+    now_s[0] = 70.0
+    assert settled(evidence) == (1, 3, 1)
+    now_s[0] = 100.0
+    assert settled(evidence) == (2, 6, 1)
     evidence.begin()
-    assert (counted(evidence), settled()) == ((0, 0, 0), (0, 0, 0))
+    assert (counted(evidence), settled(evidence)) == ((0, 0, 0), (0, 0, 0))
+
+
+def test_settled_evidence_is_the_same_when_it_is_heard_late_and_none_where_there_was_a_gap() -> None:
+    now_s = [0.0]
+    evidence = LiveEvidence(lambda: now_s[0])
+    for number in range(10):  # all at once, after a stall
+        evidence.add_impression(impression(f"r{number}"))
+        evidence.add_click(click("a", f"r{number}", after_s=20.0 * number))
+    now_s[0] = 100.0
+    assert settled(evidence) == (10, 30, 4)  # after 0, 20, 40 and 60 seconds
+    evidence.add_impression(impression("lost"))
+    evidence.break_off()
+    now_s[0] = 200.0
+    assert settled(evidence) == (10, 30, 4)
+
+
+def test_slates_that_the_model_was_too_late_for_say_nothing_of_it() -> None:
+    now_s = [0.0]
+    evidence = LiveEvidence(lambda: now_s[0])
+    for number, rung in enumerate(("none", "no_profile", "no_text", "popular")):
+        evidence.add_impression(impression(f"r{number}", degraded=rung))
+    now_s[0] = 100.0
+    assert (counted(evidence)[0], settled(evidence)[0]) == (4, 2)
+
+
+def test_each_impression_has_its_time_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.live_evidence._MAX_WAITING", 100)
+    now_s = [0.0]
+    evidence = LiveEvidence(lambda: now_s[0])
+    for second in range(200):
+        now_s[0] = float(second)
+        for number in range(50):
+            evidence.add_impression(impression(f"r{second}-{number}"))
+            evidence.add_click(click("a", f"r{second - 30}-{number}", after_s=30))
+    assert settled(evidence) == (100, 300, 100)
 
 
 def failing(version: str, requests: int, errors: int) -> ReplicaStatus:
@@ -235,19 +277,47 @@ def test_promoted_champion_goes_when_it_loses_the_clicks_of_the_one_before(click
     watched.follow(pointer(1))
     watched.evidence.add_statuses([failing("v1", 0, 0)])
     serve(V1, 600, 4)
-    now_s[0] += SETTLED_S
+    now_s[0] += 2 * SETTLED_S
     watched.follow(pointer(2, champion=V2, history=[V1]))
     serve(V2, 600, clicked)
     found = watched.judge(NOW)
     assert found is not None and found[1].action == "wait", "clicks are yet to come"
-    now_s[0] += SETTLED_S
+    now_s[0] += 2 * SETTLED_S
     found = watched.judge(NOW)
     assert found is not None and (found[0], found[1].action) == (V2, action)
     # A champion that has shown and answered enough is trusted.
     serve(V2, 600, clicked)
     watched.evidence.add_statuses([failing("v2", 1200, 0)])
-    now_s[0] += SETTLED_S
+    now_s[0] += 2 * SETTLED_S
     assert watched.judge(NOW) is None
+
+
+def test_what_was_known_of_a_champion_outlives_a_spell_too_short_to_tell() -> None:
+    now_s = [0.0]
+    watched = Watch(GateSettings())
+    watched.evidence = LiveEvidence(lambda: now_s[0])
+    watched.follow(pointer(1))
+    watched.evidence.add_statuses([failing("v1", 0, 0)])
+    for number in range(600):
+        watched.evidence.add_impression(impression(f"r{number}", user=f"u{number}"))
+        watched.evidence.add_click(click("a", f"r{number}"))
+    now_s[0] += 2 * SETTLED_S
+    watched.follow(pointer(2, canary=V2, canary_share=0.2, reason="canary"))
+    watched.evidence.add_statuses([failing("v1", 100, 0)])
+    watched.follow(pointer(3, champion=V2, history=[V1]))  # by hand, at once
+    for number in range(1100):
+        watched.evidence.add_impression(impression(f"s{number}", "v2", user=f"u{number}"))
+    now_s[0] += 2 * SETTLED_S
+    found = watched.judge(NOW)
+    assert found is not None and found[1].action == "rollback" and "of the clicks" in found[1].reason
+
+
+def test_probation_ends_in_time() -> None:
+    watched = Watch(GateSettings(max_canary_s=3600.0))
+    at = pointer(2, champion=V2, history=[V1])
+    watched.follow(at)
+    assert watched.judge(at.updated_at + timedelta(seconds=3599)) is not None
+    assert watched.judge(at.updated_at + timedelta(seconds=3601)) is None
 
 
 def test_counts_begin_anew_with_the_canary_so_that_both_are_judged_on_the_same_time() -> None:
