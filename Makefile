@@ -3,7 +3,8 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
 DURATION ?= 240
-ACCELERATOR ?= cpu
+# What is installed stays what it is, unless another is asked for.
+ACCELERATOR ?= $(if $(wildcard .venv/.installed-gpu),gpu,cpu)
 
 VENV := .venv
 BIN := $(VENV)/bin

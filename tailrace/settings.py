@@ -38,10 +38,12 @@ class KafkaSettings(_Section, frozen=True, kw_only=True):
 
     bootstrap_servers: Annotated[str, _doc("Kafka to use; empty: the local one that `tailrace broker` runs")] = ""
     topic_prefix: Annotated[str, _doc("put before every topic name")] = ""
-    user_partitions: Annotated[Positive, _doc("partitions of clicks, ratings, contexts, impressions")] = 8
-    item_partitions: Annotated[Positive, _doc("partitions of items and item-stats")] = 4
-    replication_factor: Annotated[Positive, _doc("copies of every partition")] = 1
-    retention_days: Annotated[float, _doc("how long event topics keep their history")] = 90.0
+    user_partitions: Annotated[Positive, _doc("partitions of clicks, ratings, contexts, impressions, for good")] = 8
+    item_partitions: Annotated[Positive, _doc("partitions of items and item-stats, for good")] = 4
+    replication_factor: Annotated[Positive, _doc("copies of every partition; counts when topics are made")] = 1
+    retention_days: Annotated[float, _doc("how long event topics keep their history; counts when topics are made")] = (
+        90.0
+    )
     security: Annotated[
         dict[str, str | int | bool],
         _doc("passed to every Kafka client: `security_protocol`, `sasl_mechanism`, `ssl_cafile`, …"),
@@ -51,7 +53,10 @@ class KafkaSettings(_Section, frozen=True, kw_only=True):
 class StoreSettings(_Section, frozen=True, kw_only=True):
     """Where profiles, counters and offsets live."""
 
-    kind: Annotated[Literal["lmdb", "valkey", "memory"], _doc("the store")] = "lmdb"
+    kind: Annotated[
+        Literal["lmdb", "valkey", "memory"],
+        _doc("lmdb: one machine; valkey: several; memory: tests, no gateway sees it"),
+    ] = "lmdb"
     path: Annotated[str, _doc("folder of the LMDB environments; relative to `data_dir`")] = "store"
     url: Annotated[str, _doc("Valkey or Redis, for example `redis://127.0.0.1:6379/0`")] = ""
     map_size_mb: Annotated[Positive, _doc("upper bound of one partition's LMDB file, MiB")] = 4096
@@ -137,7 +142,9 @@ class RegistrySettings(_Section, frozen=True, kw_only=True):
 
     url: Annotated[str, _doc("folder or fsspec URL; relative paths are below `data_dir`")] = "registry"
     keep: Annotated[Positive, _doc("bundles kept beside those that serve; a round removes older ones")] = 10
-    base_model: Annotated[str, _doc("BERT to start from: `packaged`, or a local folder or hub name")] = "packaged"
+    base_model: Annotated[str, _doc("BERT that version 0 is built from: `packaged`, a local folder or a hub name")] = (
+        "packaged"
+    )
     split_layer: Annotated[int, _doc("k: below this layer item tokens do not see the user")] = 3
     item_states: Annotated[int, _doc("T: pooled states kept per item; 0 keeps every token")] = 4
     max_user_tokens: Annotated[Positive, _doc("longest user text, tokens")] = 96
