@@ -106,10 +106,13 @@ def run_lab(
     seed: int,
     progress: Progress,
     tell: Callable[[str], None],
+    rounds: bool = True,
 ) -> LabRun:
     """Returns what `days` simulated days came to, with a round after each but the last.
 
-    It writes to `folder`, which is emptied first: a champion of an earlier run has learned this very world.
+    Without `rounds` version 0 serves all the time: the same town, had nobody learned. `control` tells less: it ranks
+    what readers of the newer version have left, who have read what that put first. `folder` is emptied first: a
+    champion of an earlier run has learned this very world.
     """
     shutil.rmtree(folder, ignore_errors=True)
     settings = replace(
@@ -133,8 +136,8 @@ def run_lab(
         # 2. A day on what serves.
         run.days.append(town.live(day, model, control, partial(progress, f"day {day + 1}")))
         tell(describe_day(run, run.days[-1]))
-        if day == days - 1:
-            break
+        if day == days - 1 or not rounds:
+            continue
         # 3. A round on what the day has shown.
         now_ms = FIRST_MS + (day + 1) * DAY_MS
         parts = RoundParts(
@@ -184,6 +187,7 @@ def summarise(runs: Sequence[LabRun]) -> bytes:
                     "day": day.day + 1,
                     "version": day.version,
                     "click_rates": {arm: tally.click_rate for arm, tally in day.arms.items()},
+                    "expected_clicks": {arm: tally.expected_clicks for arm, tally in day.arms.items()},
                     "lift_share": day.lift_share(),
                     "lift_share_of_oracle": day.lift_share("oracle"),
                     "against_control": run.against_control(day),

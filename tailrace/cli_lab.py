@@ -15,9 +15,12 @@ from tailrace.cli_session import Session
 @click.option("--visits", type=click.IntRange(min=1), default=1500, show_default=True, help="Slates shown in a day.")
 @click.option("--readers", type=click.IntRange(min=1), default=100, show_default=True, help="Readers on the first day.")
 @click.option("--seed", "seeds", type=int, multiple=True, help="Which world; several run one after the other.")
+@click.option("--rounds/--no-rounds", default=True, help="Without: version 0 serves all days, for comparison.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Where to write (default: data_dir/lab).")
 @click.pass_obj
-def lab(session: Session, days: int, visits: int, readers: int, seeds: tuple[int, ...], out: Path | None) -> None:
+def lab(
+    session: Session, days: int, visits: int, readers: int, seeds: tuple[int, ...], rounds: bool, out: Path | None
+) -> None:
     """Show whether the loop learns, in a simulated world whose best answer is known."""
     from deploy.demo import load_books
     from deploy.lab import run_lab, summarise
@@ -52,6 +55,7 @@ def lab(session: Session, days: int, visits: int, readers: int, seeds: tuple[int
                         seed=seed,
                         progress=show,
                         tell=console.print,
+                        rounds=rounds,
                     )
                 )
     table = Table("seed", "day", "version", *ARMS, "of the lift", "against control [95 %]", title="Click rate, %")

@@ -33,7 +33,9 @@ def settings(tmp_path: Path) -> Settings:
     )
 
 
-def live(folder: Path, habits: Habits, settings: Settings, days: int, told: list[str]) -> LabRun:
+def live(
+    folder: Path, habits: Habits, settings: Settings, days: int, told: list[str], *, rounds: bool = True
+) -> LabRun:
     return run_lab(
         folder,
         load_books(),
@@ -43,6 +45,7 @@ def live(folder: Path, habits: Habits, settings: Settings, days: int, told: list
         seed=0,
         progress=lambda step, done, total: None,
         tell=told.append,
+        rounds=rounds,
     )
 
 
@@ -59,6 +62,13 @@ def test_lab_lives_its_days_with_a_round_between_them_and_knows_what_each_arm_wa
         assert len(day.paired) == HABITS.visits_a_day // HABITS.control_every
     # On the first day version 0 serves, and control is the same version: all that sets them apart is exploration.
     assert run.days[0].version == "v0" and len(told) == 3
+
+
+def test_lab_without_rounds_is_the_same_town_under_version_0(settings: Settings, tmp_path: Path) -> None:
+    habits = Habits(readers=12, visits_a_day=4)
+    alone = live(tmp_path / "alone", habits, settings, 2, [], rounds=False)
+    assert [day.version for day in alone.days] == ["v0", "v0"] and alone.rounds == []
+    assert alone.days[0].arms == live(tmp_path / "lab", habits, settings, 1, []).days[0].arms
 
 
 def test_lab_begins_with_version_0_whatever_an_earlier_run_has_left(settings: Settings, tmp_path: Path) -> None:
