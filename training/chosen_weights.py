@@ -1,7 +1,5 @@
 """Which of the weights that a fine-tune has come by are kept: the best epoch, an average, or part of the way there."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -12,18 +10,8 @@ from training.stop_slice import StopFigures, StopSlice
 _WAYS = (1.0, 0.5, 0.25, 0.0)  # parts of the way from the first step to what the epochs learned that are tried
 
 
-class Chosen(NamedTuple):
-    """The weights to keep, and why; None where nothing holds its own. `better`: whether they beat the parent."""
-
-    weights: dict[str, Tensor] | None
-    better: bool
-    reason: str
-
-
-def choose_weights(course: Course, trial: Learner, stop: StopSlice) -> Chosen:
-    """Returns the weights that do best on the stop slice, unless they do worse than the parent by more than chance.
-
-    The slice is small: within one standard error it cannot tell the two apart, and does not decide.
+def choose_weights(course: Course, trial: Learner, stop: StopSlice) -> tuple[dict[str, Tensor] | None, str]:
+    """Returns the weights to keep and why, or None where the parent is as good.
 
     Averages of nearby weights are flatter and do better on what is new (Izmailov et al. 2018, "Averaging weights
     leads to wider optima"), and so does part of the way (Wortsman et al. 2022, "Robust fine-tuning of zero-shot
@@ -31,8 +19,7 @@ def choose_weights(course: Course, trial: Learner, stop: StopSlice) -> Chosen:
     """
     epochs = course.best_epochs()
     if not epochs:
-        reason = "no slate of the stop slice has a gain, so nothing shows that the new weights are better"
-        return Chosen(None, False, reason)
+        return None, "no slate of the stop slice has a gain, so nothing shows that the new weights are better"
     start = trial.learned()
     tried: list[tuple[StopFigures, int, float, dict[str, Tensor]]] = []
     for count in sorted({1, len(epochs)}):
@@ -51,14 +38,11 @@ def choose_weights(course: Course, trial: Learner, stop: StopSlice) -> Chosen:
             assert figures is not None
             tried.append((figures, count, way, part))
     # Against the parent with the same position bias. Of equals the first: fewest epochs, all of the way.
-    figures, count, way, part = min(tried, key=lambda one: one[0].excess)
-    better = figures.excess < 0.0
+    figures, count, way, part = min(tried, key=lambda one: one[0].loss - one[0].parent_loss)
     said = f"stop loss {figures.loss:.4f} against the parent's {figures.parent_loss:.4f}"
-    if not better:
-        if not figures.excess < figures.error:  # nor where it is no number
-            return Chosen(None, better, f"nothing beats the parent: {said}, standard error {figures.error:.4f}")
-        said += f", within the standard error {figures.error:.4f}"
+    if not figures.loss < figures.parent_loss:
+        return None, f"nothing beats the parent: {said}"
     if way == 0.0:
-        return Chosen(part, better, f"{said}, the first step alone")
+        return part, f"{said}, the first step alone"
     said += f", weights of {count} epochs averaged" if count > 1 else ", weights of the best epoch"
-    return Chosen(part, better, said if way == 1.0 else f"{said}, {way:.0%} of the way from the first step")
+    return part, said if way == 1.0 else f"{said}, {way:.0%} of the way from the first step"

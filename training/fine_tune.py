@@ -1,4 +1,4 @@
-"""Fine-tuning: from the serving model and fresh examples to a challenger, or back to the parent, where that is better.
+"""Fine-tuning: from the serving model and fresh examples to a challenger, or back to the parent where none is better.
 
 There are no in-batch negatives, and so no logQ correction: a candidate's late features belong to one user at one
 moment, and the items of another slate have none for this user. The log's unshown candidates do that work.
@@ -54,14 +54,12 @@ _METHOD = 6  # rises where what is learned from the same examples changes: older
 class FineTuned:
     """What a fine-tune came to.
 
-    `ranker` is a new one where `contends`, and otherwise the very parent; `reason` says why. One that contends is
-    `better` on the stop slice, or worse by no more than chance explains, so that it takes a gate to decide.
+    `better` says whether `ranker` is a new one: otherwise it is the very parent, and `reason` says why.
     `first_step` is how much of the parts of the score was kept when tastes had been learned, None where they were not.
     `lessons` impressions were learned from; `impressions_per_s` counts each pass over them in all the time it took.
     """
 
     ranker: SplitRanker
-    contends: bool
     better: bool
     reason: str
     first_step: Factors | None
@@ -106,7 +104,7 @@ def fine_tune(
     progress: Progress | None = None,
     checkpoint_every_s: float = 20.0,
 ) -> FineTuned:
-    """Returns a ranker that learned from `train` and `replay`, or the parent where that is surely better on `stop`.
+    """Returns a ranker that learned from `train` and `replay`, or the parent where it is no better on `stop`.
 
     `ranker` itself is left alone. Checkpoints go to `folder`; a call with the same arguments after a kill goes on from
     there, to the same weights. Curves go to the trackers of the settings, beside `facts` of the run. Of a `team` each
@@ -193,11 +191,11 @@ def fine_tune(
         course.run(partial(announce, "learn"), checkpoint_every_s)
 
         # 7. The average of the best epochs or the best alone, all the way from the first step or part of it: whichever
-        #    does best, if it holds its own against the parent.
+        #    does best, if it beats the parent.
         trial = new_learner(copy.deepcopy(parent)).to(device)
         trial.ranker.taste_model = learner.ranker.taste_model
         put_learned(trial.ranker, stepped)
-        chosen, better, reason = choose_weights(course, trial, stop_slice)
+        chosen, reason = choose_weights(course, trial, stop_slice)
         if chosen is None:
             result = ranker
         else:
@@ -210,8 +208,7 @@ def fine_tune(
     announce("done", standing.step, standing.step)
     return FineTuned(
         ranker=result,
-        contends=chosen is not None,
-        better=better,
+        better=chosen is not None,
         reason=reason,
         first_step=factors,
         history=standing.history,

@@ -20,6 +20,7 @@ from training.evaluate import Evaluation
 from training.slate_metrics import Reals, resample_sums
 
 LEAST_RANKED = 30  # slates with a gain; a bootstrap of fewer is too sure of itself
+_LEAST_OF_AUC = 1 / 3  # of what a champion's is above chance; all orders within a good slate are nearly alike
 LEAST_NEW_PLACES = 30  # first places that the champion gives to new items; the share of fewer is chance
 
 
@@ -48,12 +49,14 @@ def decide(
     settings: GateSettings,
     *,
     referee_error: float = 0.0,
+    usual_auc: float | None = None,
     seed: int = 0,
 ) -> Verdict:
     """Returns the verdict on a challenger evaluated on the same examples as the champion.
 
     `latency_ratio` is of `training.rescoring.latency_ratio`, `referee_error` of `training.judged_gains`: how unsure it
-    is what was not shown would have earned. Parity is proved before: `training.export`.
+    is what was not shown would have earned. `usual_auc` is the champion's within slates when it was judged itself, if
+    it was. Parity is proved before: `training.export`.
 
     Raises ValueError where the two were not: their slates that can tell differ.
     """
@@ -65,6 +68,7 @@ def decide(
         _at_least("enough slates", challenger.ranked, LEAST_RANKED, "slates with a gain: {:.0f}, at least {:.0f}"),
         _at_most("finite scores", own.not_finite, 0, "scores that are not finite: {:.0f}, at most {:.0f}"),
         _at_least("score spread", own.spread, settings.min_spread, "spread of scores in a slate {:.3g}, at least {:g}"),
+        _log_check(champion, challenger, usual_auc),
         *_ndcg_checks(champion, challenger, settings, referee_error, seed),
         _at_most(
             "popular items",
@@ -84,6 +88,19 @@ def decide(
     failed = [check.text for check in checks if not check.passed]
     shown = [check.text for check in checks if check.name == "ndcg_10"]
     return Verdict(promoted=not failed, reasons=failed or shown, checks=checks)
+
+
+def _log_check(champion: Evaluation, challenger: Evaluation, usual_auc: float | None) -> Check:
+    """Whether the clicks follow from anything: else feedback is joined to the wrong items, and tells of nobody.
+
+    A champion may have lost its touch, but then a challenger that has learned from this log has found it again.
+    """
+    found = max(champion.figures["auc"].high, challenger.figures["auc"].high)
+    if usual_auc is None:
+        return Check("log tells", found, 0.5, True, "the champion was never judged: nothing is known of its usual AUC")
+    bound = 0.5 + _LEAST_OF_AUC * max(usual_auc - 0.5, 0.0)
+    text = f"AUC within slates of either model: at most {found:.3f}; {usual_auc:.3f} was usual, {bound:.3f} is asked"
+    return Check("log tells", found, bound, found >= bound, text)
 
 
 def _ndcg_checks(

@@ -1,7 +1,7 @@
 """What fine-tuning minimises, as pure functions of logits and labels.
 
-Shapes: B slates, N candidates, padded; float32 unless said otherwise. A loss is one number: 0 where no slate has
-anything to say on the matter, and then no gradient either.
+Shapes: B slates, N candidates, padded; float32 unless said otherwise. Every function returns one number: 0 where no
+slate has anything to say on the matter, and then no gradient either.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,15 +18,7 @@ _NEVER = -1e9  # the logit of what is not there: far below any real one, and fin
 def listwise_loss(
     logits_BN: Tensor, gains_BN: Tensor, shown_BN: Tensor, real_BN: Tensor, *, unshown_weight: float
 ) -> Tensor:
-    """Returns the mean of `listwise_losses` over the slates that have a gain."""
-    per_slate, taught = listwise_losses(logits_BN, gains_BN, shown_BN, real_BN, unshown_weight=unshown_weight)
-    return per_slate.sum() / taught.sum().clamp(min=1)
-
-
-def listwise_losses(
-    logits_BN: Tensor, gains_BN: Tensor, shown_BN: Tensor, real_BN: Tensor, *, unshown_weight: float
-) -> tuple[Tensor, Tensor]:
-    """Returns the softmax cross entropy [B] of the gains of what was shown, and which slates have any.
+    """Returns the softmax cross entropy of the gains of what was shown, mean over the slates that have a gain.
 
     ListNet with top-one probabilities (Cao et al. 2007, "Learning to rank: from pairwise to listwise approach"), the
     target being the share of each item in the slate's gain. Candidates that were not shown stand in the denominator
@@ -40,7 +32,8 @@ def listwise_losses(
     log_counted = torch.where(counted > 0, counted.clamp(min=1e-9).log(), _NEVER)
     log_sum = torch.logsumexp(logits_BN + log_counted, 1, keepdim=True)
     share = gains / total.clamp(min=1e-9).unsqueeze(1)
-    return (share * (log_sum - logits_BN)).sum(1) * taught, taught
+    per_slate = (share * (log_sum - logits_BN)).sum(1)
+    return (per_slate * taught).sum() / taught.sum().clamp(min=1)
 
 
 def pointwise_loss(logits_BN: Tensor, clicked_BN: Tensor, shown_BN: Tensor, weights_B: Tensor) -> Tensor:

@@ -145,7 +145,7 @@ def run_round(parts: RoundParts) -> RoundRecord:
                         progress=parts.progress,
                     )
                 )
-            if not this.tuned.contends:
+            if not this.tuned.better:
                 return end("rejected", f"nothing was learned: {this.tuned.reason}")
             bundle = this.folder / "bundle"
             with _timed(this, parts, "export"):
@@ -186,6 +186,7 @@ def run_round(parts: RoundParts) -> RoundRecord:
                     contest.latency_ratio,
                     settings.gate,
                     referee_error=contest.referee_error,
+                    usual_auc=parts.registry.manifest(plan.parent).metrics.get("auc"),
                     seed=training.seed,
                 )
             if not this.verdict.promoted:

@@ -3,7 +3,6 @@
 Shapes: B examples, N candidates.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,26 +11,17 @@ from torch import Tensor
 
 from training.dataset import Corpus
 from training.learner import Learner
-from training.losses import listwise_losses, ndcg
+from training.losses import listwise_loss, ndcg
 from training.precision import Precision
 
 
 @dataclass(frozen=True)
 class StopFigures:
-    """The stop slice under one model: mean listwise loss, the parent's with the same position bias, mean NDCG@10.
-
-    `error` is the standard error of the difference between the two losses, of the same slates.
-    """
+    """The stop slice under one model: mean listwise loss, the parent's with the same position bias, mean NDCG@10."""
 
     loss: float
     parent_loss: float
-    error: float
     ndcg_10: float
-
-    @property
-    def excess(self) -> float:
-        """By how much the loss is above the parent's; below 0 is better."""
-        return self.loss - self.parent_loss
 
 
 class StopSlice:
@@ -56,17 +46,11 @@ class StopSlice:
         labels = self._labels
         with torch.no_grad():
             logits, bias = self.score(learner), learner.place_bias(labels.shown)
-        (own_B, tells_B), (usual_B, _) = (
-            listwise_losses(one + bias, labels.gains, labels.shown, labels.real, unshown_weight=self._unshown_weight)
+        own, usual = (
+            listwise_loss(one + bias, labels.gains, labels.shown, labels.real, unshown_weight=self._unshown_weight)
             for one in (logits, self._parent)
         )
-        own, usual = own_B[tells_B], usual_B[tells_B]
-        return StopFigures(
-            loss=float(own.mean()),
-            parent_loss=float(usual.mean()),
-            error=float((own - usual).std(correction=0)) / math.sqrt(len(own)),
-            ndcg_10=float(ndcg(logits, labels.gains, labels.shown).nanmean()),
-        )
+        return StopFigures(float(own), float(usual), float(ndcg(logits, labels.gains, labels.shown).nanmean()))
 
     def score(self, learner: Learner) -> Tensor:
         """Returns the learner's click logits [B,N], 0 where there is no candidate."""

@@ -24,6 +24,7 @@ GUARDS = {
     "files as published are promoted": r"round: bundle .* has \d+ bytes, published with",
     "files as exported can be opened": r"round: .*\.onnx: ",
     "gate: an order at all": r"round: spread of scores in a slate",
+    "gate: the log tells": r"round: AUC within slates of either model",
     "gate: no worse than the champion": r"round: NDCG@10",
     "replica: sums, and the watchdog": r"watchdog: refused: bundle .*(published with|does not have the sum)",
     "watchdog: clicks": r"watchdog: (loses|could not show)",
@@ -36,7 +37,7 @@ KINDS: dict[str, tuple[Poison, set[str]]] = {
     ),
     "shuffled labels, to this day": (
         Poison(3, of_log=poisons.shuffle_everything),
-        {"fine-tuning: no epoch beats the parent", "gate: no worse than the champion", "watchdog: clicks"},
+        {"fine-tuning: no epoch beats the parent", "gate: the log tells"},
     ),
     "constant scores": (Poison(5, of_model=poisons.make_constant), {"parity", "gate: an order at all"}),
     "popularity only": (Poison(5, of_model=poisons.rank_by_popularity), {"gate: no worse than the champion"}),

@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from dataclasses import astuple, replace
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +22,6 @@ from tailrace.tastes import TasteModel, Tastes, bucket, make_tastes, no_tastes
 from tests.unit.conftest import FEATURE_NAMES, PRIOR
 from training.batches import Batch
 from training.bert import PACKAGED, Bert, BertShape, load_base
-from training.chosen_weights import choose_weights
 from training.course import compute_losses, score_batch
 from training.dataset import Corpus
 from training.examples import Example
@@ -35,7 +33,6 @@ from training.logit_scale import level_shift, scale_clicks
 from training.lora import adapt_layers, merge_layers
 from training.losses import ndcg
 from training.model import SplitRanker
-from training.stop_slice import StopFigures, StopSlice
 
 SHAPE = BertShape(
     vocab_size=30_522,
@@ -400,7 +397,7 @@ def test_parent_is_returned_where_nothing_beats_it(tmp_path: Path) -> None:
         for count, clicks, seed in ((200, worst, 1), (60, by_cosine, 2))
     )
     found = learn(tmp_path, train, stop, ranker=parent)
-    assert not found.better and not found.contends
+    assert not found.better
     assert "nothing beats the parent" in found.reason
     assert found.ranker is parent
     assert all(
@@ -409,54 +406,11 @@ def test_parent_is_returned_where_nothing_beats_it(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("loss", "error", "contends", "better"),
-    [
-        (1.9, 0.02, True, True),
-        (2.01, 0.02, True, False),
-        (2.03, 0.02, False, False),
-        (2.0, 0.0, False, False),  # the very parent
-        (float("nan"), float("nan"), False, False),
-    ],
-)
-def test_what_the_stop_slice_cannot_tell_apart_is_left_to_the_gate(
-    loss: float, error: float, contends: bool, better: bool
-) -> None:
-    trial = Learner(small_ranker(), 3, num_positions=1)
-    course = SimpleNamespace(best_epochs=lambda: [0], snapshots={0: trial.learned()})
-    stop = SimpleNamespace(measure=lambda learner: StopFigures(loss, parent_loss=2.0, error=error, ndcg_10=0.5))
-    chosen = choose_weights(course, trial, stop)
-    assert (chosen.weights is not None, chosen.better) == (contends, better)
-    assert ("within the standard error" in chosen.reason) == (contends and not better)
-
-
-def test_stop_figures_are_of_paired_slates() -> None:
-    examples = make_examples(25, by_cosine) + make_examples(5, never)
-    parent, other = (Learner(small_ranker({"cosine": by}), 3, num_positions=1) for by in (1.0, 0.3))
-    corpus = read(parent.ranker, examples, 3)
-    figures = StopSlice(corpus, parent, nullcontext, 0.5).measure(other)
-    labels = corpus.labels(range(30))
-    assert figures is not None
-    differences = []
-    for one, gains_N in zip(examples, labels.gains.numpy(), strict=True):
-        if one.gains_N.any():
-            counted_N = np.where(np.arange(8) < one.num_shown, 1.0, 0.5)
-            own, usual = (
-                np.log((counted_N * np.exp(by * one.features_NF[:, COSINE])).sum())
-                - (by * one.features_NF[:, COSINE] * gains_N).sum() / gains_N.sum()
-                for by in (0.3, 1.0)
-            )
-            differences.append(own - usual)
-    assert len(differences) == 25
-    assert figures.excess == pytest.approx(np.mean(differences), abs=1e-4)
-    assert figures.error == pytest.approx(np.std(differences) / 5, abs=1e-4)
-
-
 def test_stop_slice_without_a_gain_proves_nothing(tmp_path: Path) -> None:
     parent = small_ranker()
     for stop in (make_examples(10, never, seed=2), []):
         found = learn(tmp_path, make_examples(50, by_cosine), stop, ranker=parent)
-        assert (found.better, found.contends, found.ranker) == (False, False, parent)
+        assert (found.better, found.ranker) == (False, parent)
         assert "no slate of the stop slice has a gain" in found.reason
 
 

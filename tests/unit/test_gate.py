@@ -1,6 +1,7 @@
 """Who may serve: an equal or better challenger, and none that is poisoned."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -87,6 +88,25 @@ def test_a_better_challenger_is_promoted(log: Log) -> None:
     assert verdict.promoted
     ndcg = next(check for check in verdict.checks if check.name == "ndcg_10")
     assert ndcg.figure > 0.02
+
+
+def test_a_log_in_which_clicks_follow_from_nothing_promotes_nobody(log: Log) -> None:
+    rng = np.random.default_rng(0)
+    champion, equal = log.judge(log.guesses), log.judge([guess + 1e-3 for guess in log.guesses])
+    usual = champion.figures["auc"].mean
+    broken = Log(600)
+    for index, one in enumerate(broken.examples):  # feedback joined to the wrong items of the slate
+        order = np.concatenate([rng.permutation(SHOWN), np.arange(SHOWN, CANDIDATES)])
+        clicked, gains = one.clicked_N[order], one.gains_N[order]
+        broken.examples[index] = replace(one, clicked_N=clicked, gains_N=gains)
+    same = broken.judge(broken.guesses)
+    assert usual > 0.6
+    assert decide(champion, equal, SOUND, SETTINGS, usual_auc=usual).promoted
+    assert failed(decide(same, same, SOUND, SETTINGS, usual_auc=usual)) == {"log tells"}
+    assert decide(same, same, SOUND, SETTINGS).promoted, "nothing is known of what was usual"
+    # A champion that has lost its touch is replaced by one that has found it.
+    lost = log.judge([rng.normal(size=CANDIDATES) for _ in log.examples])
+    assert "log tells" not in failed(decide(lost, log.judge(log.worths), SOUND, SETTINGS, usual_auc=usual))
 
 
 def test_the_scale_of_the_scores_makes_no_difference(log: Log) -> None:
@@ -208,6 +228,7 @@ def test_every_check_says_its_figure_and_its_bound(log: Log) -> None:
         "enough slates",
         "finite scores",
         "score spread",
+        "log tells",
         "ndcg_10",
         "no loss found",
         "popular items",
