@@ -172,12 +172,10 @@ class LiveEvidence:
             shown = self._waiting.get(click.request_id)
         if shown is not None:
             self._count_click(shown, click.item_id, click.at_ms)
-            return
-        if click.request_id is None:
-            return
-        self._early[click.request_id, click.item_id] = click.at_ms
-        if len(self._early) > _MAX_WAITING:
-            self._early.popitem(last=False)
+        elif click.request_id is not None:
+            self._early[click.request_id, click.item_id] = click.at_ms
+            if len(self._early) > _MAX_WAITING:
+                self._early.popitem(last=False)
 
     def add_statuses(self, replicas: Sequence[ReplicaStatus]) -> None:
         """Adds what each replica has counted since it was last heard; the first call only begins to count.

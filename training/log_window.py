@@ -34,7 +34,7 @@ from training.reservoir import Selection
 Progress = Callable[[str, int, int], None]  # what is read, records done, records in all
 
 STREAMS = ("clicks", "ratings", "impressions")
-CHUNK = 500  # records decoded at once: impressions are about 10 kB each
+CHUNK = 500  # records decoded at once: impressions are about 20 kB each
 _PATIENCE_S = 30.0
 
 
