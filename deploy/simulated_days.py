@@ -176,10 +176,10 @@ class Town:
         reader = self._readers[int(self._rng.integers(len(self._readers)))]
         moment = self.world.moment((now_ms - FIRST_MS) / 1000, self._rng)
         n = self._habits.slate
-        # 1. What the recommender shows, and logs.
+        # 1. What the recommender shows.
         slate, impression = self._recommend(model, reader, moment, now_ms)
-        self._happen(impression)
-        # 2. What each arm's slate is worth to this reader at this moment.
+        # 2. What each arm's slate is worth to this reader at this moment. Nobody knows yet what was shown: control,
+        #    told of it, would shun what it was about to show itself.
         slates = {"recommended": slate} | self._rules(reader, moment, now_ms)
         if self._habits.control_every and number % self._habits.control_every == 0:
             slates["control"] = self._recommend(control, reader, moment, now_ms)[0]
@@ -188,7 +188,8 @@ class Town:
         worth = {arm: (self.world.expected_clicks(reader, shown, moment), len(shown)) for arm, shown in slates.items()}
         attraction = float(np.mean(self.world.attraction(reader, moment)[self.world.rows(self._open)]))
         worth["random"] = (attraction * float(self.world.examination(reader, n).sum()), n)
-        # 3. What the reader does, now or later.
+        # 3. It is logged, and the reader does something about it, now or later.
+        self._happen(impression)
         reactions = self.world.react(reader, slate, moment, self._rng)
         for reaction in reactions:
             self._react(reader, reaction, impression, now_ms)

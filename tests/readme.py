@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tailrace.settings import settings_table
-from tests.bench.report import GPU_RESULTS, load_results, markdown_table
+from tests.bench.report import GPU_RESULTS, load_results, markdown_tables
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -35,8 +35,8 @@ def sections() -> Mapping[str, str]:
     return {
         "map": tree_map(),
         "settings": settings_table(),
-        "measured": markdown_table(load_results()),
-        "measured on a gpu": markdown_table(load_results(GPU_RESULTS)),
+        "measured": markdown_tables(load_results()),
+        "measured on a gpu": markdown_tables(load_results(GPU_RESULTS)),
     }
 
 

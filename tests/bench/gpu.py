@@ -26,7 +26,7 @@ from tailrace.features import FEATURE_NAMES, PRIOR_WEIGHTS
 from tailrace.ids import ModelVersion
 from tailrace.settings import Settings, TrainingSettings, load_settings
 from tests.bench.ranker import ITEM_TEXT, USER_TEXT
-from tests.bench.report import GPU_RESULTS, Row, figure, save_results
+from tests.bench.report import GPU_RESULTS, Row, describe_tree, figure, save_results
 from tests.bench.training import make_example
 from training.bert import PACKAGED, load_base
 from training.export import build_version_zero, load_ranker
@@ -144,7 +144,7 @@ def main() -> None:
     console.print(table)
     card = torch.cuda.get_device_name()
     machine = f"one {card} and {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}"
-    save_results({"machine": machine, "rows": rows}, GPU_RESULTS)
+    save_results("gpu", {"machine": machine, "tree": describe_tree(), "rows": rows}, GPU_RESULTS)
 
 
 if __name__ == "__main__":

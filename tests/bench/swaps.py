@@ -1,6 +1,7 @@
 """Versions replaced under load, measured from outside: failed requests, added latency, time until replicas answer.
 
-Requests leave on a fixed schedule all the while, over HTTP. Two versions that differ as a round's do, in what ranks and
+Requests leave on a fixed schedule all the while, over HTTP, as many as leave the machine some room: near all that it
+bears, whatever else it does would show as waiting. Two versions that differ as a round's do, in what ranks and
 not in what embeds, take turns as champion. Each swap is held against the quiet that follows it: what is added is the
 difference of the two p99, and its interval comes of drawing swaps again, each with its own quiet, so that a machine
 that is slow for a while says nothing. Replicas are asked at the same pace near swaps and away from them.
@@ -10,6 +11,7 @@ import asyncio
 import contextlib
 import multiprocessing
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -33,7 +35,9 @@ from tests.servers import free_port
 
 SWAPS = 20
 REPLICAS = 2
-_RATE = 10  # requests per second
+_BUSY = 0.4  # of the time is a request under way, if each takes as long as one alone
+_MOST_RATE = 10  # requests per second
+_ALONE = 30  # requests that tell how long one takes alone
 _AFTER_S = 0.6  # requests sent up to this long after a swap are held against the others
 _QUIET_S = 1.2  # what they are held against, before the next swap
 _LOOK_S = 0.1
@@ -129,8 +133,9 @@ async def _measure(
     replicas = _Replicas()
     async with httpx.AsyncClient(base_url=url, timeout=10.0) as client:
         await wait_until_ready(client, num_items)
+        rate = await _bearable_rate(client)
         background = [
-            asyncio.create_task(_load(client, answers, done)),
+            asyncio.create_task(_load(client, rate, answers, done)),
             asyncio.create_task(_watch(client, replicas, done)),
         ]
         await asyncio.sleep(5.0)  # caches fill, and there is something to warm up on
@@ -141,10 +146,20 @@ async def _measure(
                 made.append(_Swap(told_at, flipped_at, time.monotonic()))
         done.set()
         await asyncio.gather(*background)
-    return _rows(answers, made)
+    return _rows(answers, made, rate)
 
 
-async def _load(client: httpx.AsyncClient, answers: list[_Answer], done: asyncio.Event) -> None:
+async def _bearable_rate(client: httpx.AsyncClient) -> int:
+    """Returns how many requests per second keep the replicas busy for `_BUSY` of the time."""
+    took_s = []
+    for number in range(_ALONE):
+        began = time.monotonic()
+        await client.post("/v1/recommendations", json={"user_id": f"load-{number}", "n": 10})
+        took_s.append(time.monotonic() - began)
+    return min(max(round(_BUSY / statistics.median(took_s)), 1), _MOST_RATE)
+
+
+async def _load(client: httpx.AsyncClient, rate: int, answers: list[_Answer], done: asyncio.Event) -> None:
     """Asks on schedule, whether or not earlier requests have returned, so waiting is counted."""
 
     async def ask(number: int) -> None:
@@ -161,7 +176,7 @@ async def _load(client: httpx.AsyncClient, answers: list[_Answer], done: asyncio
         while not done.is_set():
             requests.create_task(ask(number))
             number += 1
-            await asyncio.sleep(max(begin + number / _RATE - time.monotonic(), 0.0))
+            await asyncio.sleep(max(begin + number / rate - time.monotonic(), 0.0))
 
 
 async def _watch(client: httpx.AsyncClient, replicas: _Replicas, done: asyncio.Event) -> None:
@@ -196,7 +211,7 @@ def _promote(registry: str, kafka: KafkaSettings, version: ModelVersion) -> floa
     return told_at
 
 
-def _rows(answers: Sequence[_Answer], made: Sequence[_Swap]) -> list[Row]:
+def _rows(answers: Sequence[_Answer], made: Sequence[_Swap], rate: int) -> list[Row]:
     inside = [answer for answer in answers if made[0].told_at <= answer.sent_at < made[-1].quiet_until]
     failed = sum(answer.status != 200 for answer in inside)
     degraded = sum(answer.status == 200 and answer.rung != "none" for answer in inside)
@@ -205,7 +220,7 @@ def _rows(answers: Sequence[_Answer], made: Sequence[_Swap]) -> list[Row]:
     p99_near, p99_quiet = (float(np.percentile(np.concatenate(found), 99)) for found in (near, quiet))
     low, high = np.quantile(_drawn_differences(near, quiet), [0.025, 0.975])
     took_s = np.array([swap.flipped_at - swap.told_at for swap in made])
-    count = f"{len(made)} swaps of {REPLICAS} replicas at {_RATE} requests per second"
+    count = f"{len(made)} swaps of {REPLICAS} replicas at {rate} requests per second"
     of_near, of_quiet = (sum(map(len, found)) for found in (near, quiet))
     return [
         {"name": f"{count}, failed requests of {len(inside)}", "value": float(failed), "unit": ""},

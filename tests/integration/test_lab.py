@@ -60,8 +60,9 @@ def test_lab_lives_its_days_with_a_round_between_them_and_knows_what_each_arm_wa
         rates = {arm: tally.click_rate for arm, tally in day.arms.items()}
         assert rates["oracle"] > max(rates[arm] for arm in rates if arm != "oracle") > 0
         assert len(day.paired) == HABITS.visits_a_day // HABITS.control_every
-    # On the first day version 0 serves, and control is the same version: all that sets them apart is exploration.
+    # On the first day version 0 serves, and control is the same version: nothing sets them apart.
     assert run.days[0].version == "v0" and len(told) == 3
+    assert all(own == control for _, own, control in run.days[0].paired)
 
 
 def test_lab_without_rounds_is_the_same_town_under_version_0(settings: Settings, tmp_path: Path) -> None:
