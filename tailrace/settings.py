@@ -195,7 +195,7 @@ class TrainingSettings(_Section, frozen=True, kw_only=True):
     anchor_weight: Annotated[
         float,
         _doc("pull of the head towards what its epochs began with, spread over all examples: few move it little"),
-    ] = 30.0
+    ] = 100.0
     unshown_weight: Annotated[Share, _doc("weight of a candidate that was not shown, in the listwise loss")] = 0.02
     silent_share: Annotated[
         Share, _doc("share of the impressions on which nothing happened that are learned from, each for several")

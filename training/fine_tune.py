@@ -47,7 +47,7 @@ from training.team import ALONE, Team
 from training.trackers import Facts
 
 MOST_PLACES = 50  # places of a slate with a bias of their own; further ones share the last
-_METHOD = 6  # rises where what is learned from the same examples changes: older checkpoints are then left alone
+_METHOD = 7  # rises where what is learned from the same examples changes: older checkpoints are then left alone
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,10 @@ _RARE = 0.01  # and so it does where no more of its values than this differ from
 class Learner(nn.Module):
     """A ranker of which the head and the layers from `first_layer` on learn, and a bias per position that is not kept.
 
+    The head's linear part does not, step by step: slates span little of what could stand on them, and a sum over raw
+    features that was fitted there goes straight on to where nobody has looked. What its parts are worth is found at
+    once (`training.first_step`); what else there is to know the network learns, whose features are cut.
+
     The bias takes up how much a place in the slate adds to a click, so that the head need not (Guo et al. 2019, "PAL:
     a position-bias aware learning framework"). It is 0 at the first place: logits mean what they would there.
     """
@@ -38,6 +42,7 @@ class Learner(nn.Module):
         upper = self.layers
         ranker.eval().requires_grad_(False)
         ranker.head.requires_grad_(True)
+        ranker.head.prior.requires_grad_(False)
         for layer in upper:
             layer.requires_grad_(True)
             layer.dropout.p = layer.weight_dropout.p = dropout
