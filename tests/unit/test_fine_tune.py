@@ -331,7 +331,7 @@ def test_features_of_topics_give_way_to_tastes_that_say_it_better() -> None:
 
 
 def test_first_step_alone_is_kept_where_the_epochs_after_it_do_harm(tmp_path: Path) -> None:
-    found = learn(tmp_path, make_lovers(400, 1), make_lovers(160, 2), change(head_learning_rate=30.0, epochs=1))
+    found = learn(tmp_path, make_lovers(400, 1), make_lovers(160, 2), change(head_learning_rate=200.0, epochs=1))
     assert found.better
     assert "the first step alone" in found.reason
     assert found.first_step is not None
@@ -438,7 +438,18 @@ def test_frozen_weights_are_unchanged_bit_for_bit(tmp_path: Path, layers: int, f
     changed = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
     learning = {name for name in before if name.startswith("ranking.") and int(name[8]) >= frozen - SPLIT}
     assert {name for name in changed if not name.startswith("head.")} == learning
-    assert {"head.prior", "head.inner.weight", "head.outer.weight"} <= changed
+    assert {"head.inner.weight", "head.outer.weight"} <= changed
+
+
+def test_linear_part_is_changed_by_the_factors_of_the_first_step_alone(tmp_path: Path) -> None:
+    names = ("cosine", "tag_response", *FEATURE_NAMES[2:])
+    parent = small_ranker({"cosine": 0.3, "tag_response": 1.0, names[2]: 0.2}, names=names)
+    found = learn(tmp_path, make_lovers(400, 1), make_lovers(160, 2), change(epochs=2), ranker=parent)
+    assert found.better and found.first_step is not None and len(found.history) == 2
+    share_F = (found.ranker.head.prior / parent.head.prior).tolist()
+    assert share_F[2] == pytest.approx(share_F[0], rel=1e-4)
+    assert share_F[1] == pytest.approx(share_F[0] * found.first_step.topics / found.first_step.rest, rel=1e-3, abs=1e-4)
+    assert not found.ranker.head.prior[3:].any()
 
 
 def test_same_seed_same_losses_and_another_seed_others(tmp_path: Path) -> None:
