@@ -42,7 +42,13 @@ _VISITS_PER_S = 3.0
 # than it should where anybody's shop is at stake.
 _SETTINGS: dict[str, Any] = {
     "training": {"min_examples": 150, "wait_s": 5.0, "max_holdout": 250, "epochs": 2},
-    "gate": {"margin": 0.05, "max_found_loss": 0.05, "confidence": 0.8, "canary_share": 0.5, "canary_impressions": 40},
+    "gate": {
+        "margin": 0.05,
+        "better_confidence": 0.0,
+        "confidence": 0.8,
+        "canary_share": 0.5,
+        "canary_impressions": 40,
+    },
 }
 _ROUND_AFTER = 400  # new impressions
 _READY_TIMEOUT_S = 120.0

@@ -229,9 +229,9 @@ class GateSettings(_Section, frozen=True, kw_only=True):
 
     margin: Annotated[float, _doc("NDCG@10 a challenger may lose to the champion on the newest impressions")] = 0.005
     confidence: Annotated[Share, _doc("confidence with which it must not lose more")] = 0.95
-    max_found_loss: Annotated[
-        float, _doc("NDCG@10 by which it may be found worse at all: what rounds lose within the margin adds up")
-    ] = 0.0
+    better_confidence: Annotated[
+        Share, _doc("confidence with which it must be better at all, .5 or more: noise is no gain; 0: not asked")
+    ] = 0.9
     bootstrap: Annotated[Positive, _doc("resamples behind each interval")] = 1000
     min_spread: Annotated[float, _doc("least standard deviation of scores within a slate")] = 1e-3
     max_popular_shift: Annotated[
@@ -252,6 +252,10 @@ class GateSettings(_Section, frozen=True, kw_only=True):
     max_error_share: Annotated[
         Share, _doc("share of a version's requests that may miss the top rung, above the champion's")
     ] = 0.05
+
+    def __post_init__(self) -> None:
+        if 0.0 < self.better_confidence < 0.5:
+            raise ValueError("`better_confidence` is 0, or .5 and more")
 
 
 class Settings(_Section, frozen=True, kw_only=True):

@@ -4,8 +4,9 @@ The burden of proof lies with the challenger. It must be shown not to be worse b
 test on paired differences, so slates that both rank alike cost nothing), and it must be sane: an average may hide
 scores that are no numbers, no order at all, or popularity alone. A figure that is not a number never passes.
 
-A margin alone lets quality creep away: each round is held against the one before, and many small losses pass. So a
-challenger must not be found worse either, however surely within the margin.
+A margin alone lets quality creep away: each round is held against the one before, and many small losses pass. And it
+lets noise in: a challenger that has learned nothing, or that of a broken log, orders nearly as its parent does. So a
+challenger must be better besides, by more than chance is likely to make it.
 
 Shapes: E examples, U readers, R resamples.
 """
@@ -106,9 +107,9 @@ def _log_check(champion: Evaluation, challenger: Evaluation, usual_auc: float | 
 def _ndcg_checks(
     champion: Evaluation, challenger: Evaluation, settings: GateSettings, referee_error: float, seed: int
 ) -> list[Check]:
-    """Whether the lower confidence bound of the mean paired difference of NDCG@10 lies above minus the margin.
+    """Whether lower confidence bounds of the mean paired difference of NDCG@10 lie high enough.
 
-    And whether the mean itself lies above minus what may be lost.
+    With much confidence it lies above minus the margin, and with some above 0.
     """
     tell_E = np.isfinite(challenger.judged_E)
     own_E, usual_E = challenger.judged_E[tell_E], champion.judged_E[tell_E]
@@ -116,10 +117,15 @@ def _ndcg_checks(
         return [Check("ndcg_10", float("nan"), -settings.margin, False, "NDCG@10: no slate can tell")]
     differences_E = own_E - usual_E
     found = float(differences_E.mean())
-    # Two errors that know nothing of each other: which slates there happened to be, and who taught the referee.
-    by_slates = found - _lowest_mean(differences_E, challenger.readers_E[tell_E], settings, seed)
-    lowest = found - float(np.hypot(by_slates, norm.ppf(settings.confidence) * referee_error))
-    return [
+    readers_E = challenger.readers_E[tell_E]
+
+    def at_least(confidence: float) -> float:
+        # Two errors that know nothing of each other: which slates there happened to be, and who taught the referee.
+        by_slates = found - _lowest_mean(differences_E, readers_E, confidence, settings.bootstrap, seed)
+        return found - float(np.hypot(by_slates, norm.ppf(confidence) * referee_error))
+
+    lowest = at_least(settings.confidence)
+    checks = [
         Check(
             "ndcg_10",
             lowest,
@@ -127,12 +133,16 @@ def _ndcg_checks(
             lowest >= -settings.margin,
             f"NDCG@10 as judged {usual_E.mean():.4f} → {own_E.mean():.4f} ({found:+.4f}); with "
             f"{settings.confidence:.0%} confidence at least {lowest:+.4f}, where {-settings.margin:+.4f} is allowed",
-        ),
-        _at_least("no loss found", found, -settings.max_found_loss, "NDCG@10 found {:+.4f}, at least {:+.4f}"),
+        )
     ]
+    if settings.better_confidence:
+        gained = at_least(settings.better_confidence)
+        text = f"NDCG@10 better by {gained:+.4f} with {settings.better_confidence:.0%} confidence, above 0 is asked"
+        checks.append(Check("better", gained, 0.0, gained > 0, text))
+    return checks
 
 
-def _lowest_mean(values_E: Reals, readers_E: NDArray[np.int64], settings: GateSettings, seed: int) -> float:
+def _lowest_mean(values_E: Reals, readers_E: NDArray[np.int64], confidence: float, resamples: int, seed: int) -> float:
     """Returns the lower bound of the mean by the bootstrap, of readers or of slates, whichever is lower.
 
     Slates of one reader hang together, so there is less to go by than there are slates; and a few readers who happen
@@ -142,8 +152,8 @@ def _lowest_mean(values_E: Reals, readers_E: NDArray[np.int64], settings: GateSe
     lowest = []
     for group_E in (reader_E, np.arange(len(values_E))):
         columns_U2 = np.stack([np.bincount(group_E, weights=values_E), np.bincount(group_E).astype(np.float64)], axis=1)
-        sums_R2 = resample_sums(columns_U2, resamples=settings.bootstrap, seed=seed)
-        lowest.append(float(np.quantile(sums_R2[:, 0] / sums_R2[:, 1], 1 - settings.confidence)))
+        sums_R2 = resample_sums(columns_U2, resamples=resamples, seed=seed)
+        lowest.append(float(np.quantile(sums_R2[:, 0] / sums_R2[:, 1], 1 - confidence)))
     return min(lowest)
 
 

@@ -31,7 +31,7 @@ def of_a_trial(scene: Scene) -> Settings:
         gate=replace(
             settings.gate,
             margin=1.0,
-            max_found_loss=1.0,
+            better_confidence=0.0,
             canary_share=0.5,
             max_latency_ratio=10.0,
             canary_impressions=10**6,

@@ -25,7 +25,7 @@ GUARDS = {
     "files as exported can be opened": r"round: .*\.onnx: ",
     "gate: an order at all": r"round: spread of scores in a slate",
     "gate: the log tells": r"round: AUC within slates of either model",
-    "gate: no worse than the champion": r"round: NDCG@10",
+    "gate: better than the champion": r"round: NDCG@10",
     "replica: sums, and the watchdog": r"watchdog: refused: bundle .*(published with|does not have the sum)",
     "watchdog: clicks": r"watchdog: (loses|could not show)",
 }
@@ -33,14 +33,14 @@ KINDS: dict[str, tuple[Poison, set[str]]] = {
     "NaN": (Poison(6, of_model=poisons.put_nan), {"parity", "kinship"}),
     "shuffled labels, since mended": (
         Poison(3, of_log=poisons.shuffle_what_was_learned),
-        {"fine-tuning: no epoch beats the parent", "gate: no worse than the champion"},
+        {"fine-tuning: no epoch beats the parent", "gate: better than the champion"},
     ),
     "shuffled labels, to this day": (
         Poison(3, of_log=poisons.shuffle_everything),
         {"fine-tuning: no epoch beats the parent", "gate: the log tells"},
     ),
     "constant scores": (Poison(5, of_model=poisons.make_constant), {"parity", "gate: an order at all"}),
-    "popularity only": (Poison(5, of_model=poisons.rank_by_popularity), {"gate: no worse than the champion"}),
+    "popularity only": (Poison(5, of_model=poisons.rank_by_popularity), {"gate: better than the champion"}),
     "wrong tokenizer, before parity": (Poison(3, of_model=poisons.exchange_words), {"kinship"}),
     "tokenizer that normalizes otherwise": (Poison(1, of_model=poisons.forget_lower_case), {"kinship"}),
     "wrong tokenizer, before publishing": (
@@ -68,8 +68,8 @@ KINDS: dict[str, tuple[Poison, set[str]]] = {
         {"replica: sums, and the watchdog"},
     ),
     "flipped bit, announced": (Poison(2, of_files=poisons.flip_a_bit), {"replica: sums, and the watchdog"}),
-    "inverted scores": (Poison(2, of_model=poisons.invert), {"gate: no worse than the champion"}),
-    "permuted features": (Poison(2, of_model=poisons.permute_features), {"gate: no worse than the champion"}),
+    "inverted scores": (Poison(2, of_model=poisons.invert), {"gate: better than the champion"}),
+    "permuted features": (Poison(2, of_model=poisons.permute_features), {"gate: better than the champion"}),
     "one exploding weight": (Poison(3, of_model=poisons.explode_one_weight), {"kinship", "parity"}),
     "click farm in all of the log": (Poison(2, of_log=poisons.farm_clicks), {"watchdog: clicks"}),
 }

@@ -311,7 +311,7 @@ def test_a_challenger_worse_by_the_margin_passes_at_most_once_in_twenty_however_
 ) -> None:
     # The promise of the confidence. A reader for whom a challenger is worse comes again and again.
     rng = np.random.default_rng(0)
-    gate = GateSettings(bootstrap=200, max_found_loss=1.0)
+    gate = GateSettings(bootstrap=200, better_confidence=0.0)
     passed = 0
     for _ in range(300):
         reader_E = rng.integers(readers, size=400)
