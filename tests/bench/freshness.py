@@ -45,7 +45,7 @@ def bench_freshness(console: Console) -> list[Row]:
             data_dir=folder,
             gateway={"port": free_port()},
             stream={"metrics_port": free_port()},
-            gate={"margin": 1.0},
+            gate={"margin": 1.0, "better_confidence": 0.0},
         )
         with local_system(settings, lambda line: console.print(f"[dim]{line}[/]")) as running:
             producer = open_producer(running.kafka)
