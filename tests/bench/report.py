@@ -19,7 +19,7 @@ class Row(TypedDict):
 
 
 class Results(TypedDict):
-    """The figures of one part, the machine it ran on, and what was measured: the commit, or the tree that had it."""
+    """The figures of one part, the machine that it ran on, and the commit that was measured."""
 
     machine: str
     tree: str

@@ -438,7 +438,7 @@ def test_frozen_weights_are_unchanged_bit_for_bit(tmp_path: Path, layers: int, f
     changed = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
     learning = {name for name in before if name.startswith("ranking.") and int(name[8]) >= frozen - SPLIT}
     assert {name for name in changed if not name.startswith("head.")} == learning
-    assert {"head.inner.weight", "head.outer.weight"} <= changed
+    assert {"head.inner.weight", "head.outer.weight"} <= changed and "head.prior" not in changed
 
 
 def test_linear_part_is_changed_by_the_factors_of_the_first_step_alone(tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ def test_a_wrong_setting_is_refused_by_name(environ: dict[str, str], word: str) 
     ("section", "told", "word"),
     [
         ("training", {"lora_rank": 4}, "trainable_layers"),
+        ("gate", {"better_confidence": 0.3}, "better_confidence"),
         ("ranker", {"min_replicas": 3, "max_replicas": 2}, "max_replicas"),
     ],
 )
