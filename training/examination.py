@@ -19,7 +19,6 @@ from training.examples import Example
 
 Reals = NDArray[np.float64]
 
-_EXPLORED_BELOW = 0.5  # the greedy choice of a place has more than that, any explored item much less
 _STEEPNESS = np.linspace(0.0, 2.0, 81)
 _PRIOR_SD = 0.5  # without evidence no place is less seen than another; errs towards the champion
 _LEAST_SEEN = 0.1  # below this a single click would outweigh ten
@@ -35,7 +34,7 @@ def fit_examination(examples: Sequence[Example], num_positions: int) -> Reals:
     clicks = np.zeros(num_positions)
     for example in examples:
         count = min(example.num_shown, num_positions)
-        by_lot = example.propensities_N[:count] < _EXPLORED_BELOW
+        by_lot = example.by_lot[:count]
         scores = example.scores_N[:count]
         explored = by_lot & (scores <= scores[~by_lot].min(initial=np.inf))
         shown[:count] += explored

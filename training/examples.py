@@ -28,6 +28,8 @@ from training.attribution import Hashes, Relevant, attribute, feedback_table, ha
 Floats = NDArray[np.float32]
 Flags = NDArray[np.bool_]
 
+_BY_LOT_BELOW = 0.5  # the first choice for a place has more than that, whatever a lot may put there much less
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -55,6 +57,12 @@ class Example:
     refused: tuple[int, ...] = ()  # positions where a "no" was said, and nothing good: skipped, hidden, rated low
     delays_s: tuple[float, ...] = ()  # how long after it was shown each clicked item was clicked first, in seconds
     arrived: float = 1.0  # the share of its clicks that had come by the cut-off, to be expected of its age
+
+    @property
+    def by_lot(self) -> Flags:
+        """Returns bool [num_shown]: which places were filled by exploration, not by the first choice for them."""
+        lots: Flags = self.propensities_N[: self.num_shown] < _BY_LOT_BELOW
+        return lots
 
 
 class JoinCounts(msgspec.Struct, frozen=True, kw_only=True):

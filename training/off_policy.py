@@ -28,6 +28,7 @@ from scipy.stats import t as student_t
 
 from tailrace.errors import TooLittleOverlap
 from training.examples import Example
+from training.ranking_metrics import Interval
 
 Reals = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -45,25 +46,17 @@ class LoggedSlates:
     shown_EK: Flags
 
 
-class Estimate(msgspec.Struct, frozen=True):
-    """A click rate (clicks per item shown) and its interval."""
-
-    value: float
-    low: float
-    high: float
-
-
 class OffPolicy(msgspec.Struct, frozen=True):
-    """What the target policy would have earned, three ways, beside what was earned.
+    """The click rate (clicks per item shown) of the target policy, estimated in three ways, beside the one logged.
 
     `effective_slates` is how many slates of the target's own the log is worth at the deepest position (Kish 1965), and
     `mean_weight` the mean weight there, 1 but for chance.
     """
 
-    logged: Estimate
-    ips: Estimate
-    snips: Estimate
-    doubly_robust: Estimate
+    logged: Interval
+    ips: Interval
+    snips: Interval
+    doubly_robust: Interval
     slates: int
     effective_slates: float
     mean_weight: float
@@ -169,7 +162,7 @@ def _rates(weights_EK: Reals, rewards_EK: Reals, shown_EK: Flags) -> Reals:
     return result
 
 
-def _mean_interval(values_E: Reals, confidence: float) -> Estimate:
+def _mean_interval(values_E: Reals, confidence: float) -> Interval:
     """Returns the mean with a Student interval; the rarer and larger the weights, the fewer its degrees of freedom.
 
     A deviation estimated from heavy tails is itself unsure, by the kurtosis: as sure as that of 2n / (kurtosis - 1)
@@ -177,11 +170,11 @@ def _mean_interval(values_E: Reals, confidence: float) -> Estimate:
     """
     count, mean, deviation = len(values_E), float(values_E.mean()), float(values_E.std(ddof=1))
     if deviation == 0:
-        return Estimate(mean, mean, mean)
+        return Interval(mean, mean, mean)
     kurtosis = float(((values_E - mean) ** 4).mean() / ((values_E - mean) ** 2).mean() ** 2)
     freedom = max(2 * count / max(kurtosis - 1, 1e-9), 3.0)
     half = float(student_t.ppf((1 + confidence) / 2, freedom)) * deviation / float(np.sqrt(count))
-    return Estimate(mean, mean - half, mean + half)
+    return Interval(mean, mean - half, mean + half)
 
 
 def _require_overlap(weights_E: Reals, least_effective: float) -> tuple[float, float]:

@@ -18,7 +18,7 @@ TOP = 10
 
 
 class Interval(msgspec.Struct, frozen=True):
-    """A mean and its percentile bootstrap interval."""
+    """A mean and its confidence interval."""
 
     mean: float
     low: float

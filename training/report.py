@@ -15,6 +15,7 @@ import numpy as np
 from training.evaluate import CONFIDENCE, Evaluation
 from training.gate import Verdict
 from training.item_moves import ItemMove
+from training.off_policy import OffPolicy
 from training.ranking_metrics import Interval
 from training.report_plots import plot_intervals, plot_losses, plot_reliability
 
@@ -59,7 +60,7 @@ class RoundFacts:
     """All that a report says, of which a round that ended early has less. `ended` says how and why.
 
     `history` is figures by epoch; `read` and `took_s` are shown as they are, in order; `judged` are champion and
-    challenger.
+    challenger; `unexplored` is the log's click rate as it would be without exploration, or why nobody can tell.
     """
 
     version: str
@@ -72,6 +73,7 @@ class RoundFacts:
     verdict: Verdict | None = None
     took_s: Mapping[str, float] = field(default_factory=dict)
     moves: Sequence[ItemMove] = ()
+    unexplored: OffPolicy | str = ""
     notes: Sequence[str] = ()
 
 
@@ -124,6 +126,8 @@ def _sections(facts: RoundFacts) -> list[tuple[str, list[_Block]]]:
         heads = ("item", "times", "champion's place", "challenger's place")
         rows = [(m.text, f"{m.times:,}", f"{m.champion_place:.1f}", f"{m.challenger_place:.1f}") for m in facts.moves]
         sections.append(("Items that moved most", [_Table(heads, rows)]))
+    if facts.unexplored:
+        sections.append(("What exploration costs", _exploration_blocks(facts.unexplored)))
     took = _Table(("stage", "seconds"), [(stage, f"{seconds:.1f}") for stage, seconds in facts.took_s.items()])
     sections.append(("Time", [took]))
     if facts.notes:
@@ -166,6 +170,22 @@ def _slice_blocks(champion: Evaluation, challenger: Evaluation) -> list[_Block]:
     shown = {name: (usual.figures[SLICE_SHOWN], own.figures[SLICE_SHOWN]) for name, (usual, own) in both.items()}
     plot = _Plot("slices", f"{label} by slice", plot_intervals(label, shown))
     return [_Table(("slice", "impressions", f"champion {label}", f"challenger {label}"), rows), plot]
+
+
+def _exploration_blocks(found: OffPolicy | str) -> list[_Block]:
+    if isinstance(found, str):
+        return [f"It cannot be told: {found}."]
+    text = (
+        f"Of {found.slates:,} fresh impressions, by their logged propensities: they are worth "
+        f"{found.effective_slates:,.0f} of a policy that does not explore. Clicks yet to arrive are in no figure."
+    )
+    names = (
+        ("as logged", found.logged),
+        ("without exploration, IPS", found.ips),
+        ("without exploration, SNIPS", found.snips),
+        ("without exploration, doubly robust", found.doubly_robust),
+    )
+    return [text, _Table(("clicks per item shown", ""), [(name, _interval(one)) for name, one in names])]
 
 
 def _interval(found: Interval) -> str:

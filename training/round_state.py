@@ -10,18 +10,20 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from tailrace.errors import NothingToLearn
+from tailrace.errors import NothingToLearn, TooLittleOverlap
 from tailrace.ids import ModelVersion
 from tailrace.rounds import Outcome, RoundLog, RoundRecord
 from tailrace.settings import TrainingSettings
 from training.contest import Contest
 from training.evaluate import Evaluation
 from training.examples import Example, JoinCounts
+from training.exploration import without_exploration
 from training.export import ExportReport
 from training.fine_tune import FineTuned
 from training.first_step import Factors
 from training.gate import Verdict
 from training.log_window import LogWindow
+from training.off_policy import OffPolicy
 from training.record import TrainingRecord
 from training.report import RoundFacts, write_report
 from training.trackers import Facts, open_trackers
@@ -189,6 +191,7 @@ def _report(this: Round, ended: str) -> str:
         verdict=this.verdict,
         took_s=this.took_s,
         moves=() if contest is None else contest.moves,
+        unexplored="" if this.split is None else _unexplored(this.split),
         notes=notes,
     )
     try:
@@ -196,6 +199,13 @@ def _report(this: Round, ended: str) -> str:
     except OSError as error:  # a full disk, of which the record says more
         log.warning("the report could not be written", version=this.plan.version, error=str(error))
         return ""
+
+
+def _unexplored(split: Split) -> OffPolicy | str:
+    try:
+        return without_exploration([*split.train, *split.stop, *split.holdout])
+    except TooLittleOverlap as error:
+        return str(error)
 
 
 def _describe_step(factors: Factors | None) -> str:

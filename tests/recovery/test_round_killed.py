@@ -110,6 +110,7 @@ def test_round_that_learned_nothing_leaves_a_report_of_it(data: Path) -> None:
     assert record.outcome == "rejected"
     page = Path(record.report).read_text()
     assert "nothing beats the parent" in page and "losses by epoch" in page
+    assert "What exploration costs" in page
 
 
 def test_rounds_do_not_overlap(data: Path) -> None:

@@ -13,6 +13,7 @@ from tailrace.errors import TooLittleOverlap
 from tailrace.settings import SlateSettings
 from tailrace.world import World
 from tests.made_up_slates import make_example
+from training.exploration import without_exploration
 from training.off_policy import LoggedSlates, OffPolicy, estimate, logged_slates, target_probabilities
 
 Reals = NDArray[np.float64]
@@ -121,7 +122,7 @@ def simulated() -> tuple[float, list[OffPolicy], list[OffPolicy]]:
 
 
 def values(found: list[OffPolicy], name: str) -> NDArray[np.float64]:
-    return np.array([getattr(one, name).value for one in found])
+    return np.array([getattr(one, name).mean for one in found])
 
 
 @pytest.mark.parametrize("name", ["ips", "snips", "doubly_robust", "modelled"])
@@ -159,7 +160,7 @@ def test_a_reward_model_that_is_wrong_does_no_harm_on_average() -> None:
     for seed in range(60):
         log = world.log(SLATES, seed)
         nonsense = {"predicted_EK": 1 - log.joy_EK, "expected_EK": 1 - log.hoped_EK}
-        found.append(estimate(log.slates, log.target_EK, **nonsense).doubly_robust.value)
+        found.append(estimate(log.slates, log.target_EK, **nonsense).doubly_robust.mean)
     assert abs(np.mean(found) - world.truth()) < 4 * np.std(found) / np.sqrt(len(found))
 
 
@@ -169,7 +170,7 @@ def test_a_policy_estimated_from_its_own_log_gets_the_logged_rate() -> None:
     rate = log.slates.clicks_EK.mean()
     assert found.effective_slates == pytest.approx(300) and found.mean_weight == 1
     for one in (found.logged, found.ips, found.snips, found.doubly_robust):
-        assert one.value == pytest.approx(rate)
+        assert one.mean == pytest.approx(rate)
 
 
 def test_a_log_worth_too_few_slates_is_refused() -> None:
@@ -212,7 +213,7 @@ def test_slates_of_several_lengths_count_each_by_its_own_items() -> None:
     target = target_probabilities(examples, lambda example: example.propensities_N[: example.num_shown])
     found = estimate(slates, target)
     for one in (found.logged, found.ips, found.snips, found.doubly_robust):
-        assert one.value == pytest.approx(0.75)
+        assert one.mean == pytest.approx(0.75)
 
 
 # -- the simulated town --------------------------------------------------------------------------------------------
@@ -283,3 +284,40 @@ def test_at_the_exploration_that_is_shipped_another_ranker_is_refused() -> None:
     logged, target_EK, _ = of_the_town(1500, slate.exploration, slate.explore_pool, seed=0)
     with pytest.raises(TooLittleOverlap):
         estimate(logged, target_EK)
+
+
+@pytest.mark.parametrize("exploration", [SlateSettings().exploration, 0.3])
+def test_what_the_town_would_click_without_exploration_is_known(exploration: float) -> None:
+    rng = np.random.default_rng(5)
+    world = World(load_books(), seed=5)
+    readers = [world.reader(number) for number in range(60)]
+    examples, truth = [], []
+    for row in range(6000):
+        reader = readers[int(rng.integers(len(readers)))]
+        among = rng.choice(len(world.item_ids), size=CANDIDATES, replace=False)
+        joy_N = world.attraction(reader, world.moment(3600.0 * row, rng))[among]
+        scores_N = np.log(joy_N) + rng.normal(size=CANDIDATES) / 4
+        slate = show(scores_N, exploration, CANDIDATES, rng)
+        seen_K = world.examination(reader, SHOWN)
+        clicked = rng.random(SHOWN) < seen_K * joy_N[slate]
+        propensities = chances(scores_N, slate, exploration, CANDIDATES)
+        examples.append(make_example(clicked.tolist(), propensities=propensities, number=row))
+        truth.append(seen_K @ joy_N[show(scores_N, 0.0, CANDIDATES, rng)] / SHOWN)
+    nameless = make_example([1, 1, 1], propensities=[np.nan] * SHOWN)  # as a lower rung logs it
+    found = without_exploration([*examples, *[nameless] * 1000])
+    assert found.slates == len(examples)
+    assert found.effective_slates == pytest.approx(len(examples) * (1 - exploration) ** SHOWN, rel=0.05)
+    for one in (found.ips, found.snips, found.doubly_robust):
+        assert one.low < np.mean(truth) < one.high
+    if exploration > 0.1:
+        assert found.logged.high < found.doubly_robust.low  # what it costs is seen
+
+
+def test_a_log_in_which_every_place_went_by_lot_does_not_know_the_first_choice() -> None:
+    with pytest.raises(TooLittleOverlap):
+        without_exploration([make_example([1, 0], propensities=[0.1, 0.1], number=row) for row in range(500)])
+
+
+def test_without_exploration_in_the_log_nothing_changes() -> None:
+    found = without_exploration([make_example([row % 2, 0], number=row) for row in range(400)])
+    assert found.doubly_robust.mean == found.logged.mean == 0.25 and found.effective_slates == 400

@@ -16,6 +16,7 @@ from training.evaluate import evaluate
 from training.gate import decide
 from training.item_moves import ItemMove, item_moves
 from training.judged_gains import Referee, judged_gains
+from training.off_policy import OffPolicy
 from training.popularity import count_popularity
 from training.ranking_metrics import Interval
 from training.report import FIGURES, RoundFacts, write_report
@@ -47,6 +48,15 @@ def facts() -> RoundFacts:
         verdict=decide(champion, challenger, 1.07, GateSettings()),
         took_s={"read": 3.21, "fine-tune": 45.6},
         moves=[ItemMove(NASTY, 1_200, 7.25, 2.5), *item_moves(examples, before, worths, most=3)],
+        unexplored=OffPolicy(
+            logged=Interval(0.0911, 0.0871, 0.0951),
+            ips=Interval(0.0942, 0.0882, 0.1002),
+            snips=Interval(0.0943, 0.0883, 0.1003),
+            doubly_robust=Interval(0.0944, 0.0884, 0.1004),
+            slates=2_345,
+            effective_slates=1_404.3,
+            mean_weight=1.01,
+        ),
         notes=["Nothing else of note."],
     )
 
@@ -76,6 +86,7 @@ def test_every_figure_given_stands_in_both_pages(facts: RoundFacts, pages: tuple
     markdown = pages[0].read_text().replace("\\", "")
     text = Reader(pages[1].read_text()).text
     expected = ["12,345", "67", "7 days", "0.3123", "2026-11-24T02:00:00Z", "3.2", "45.6", "v7", "v8", "1,200", "7.2"]
+    expected += ["2,345", "1,404", "0.0911", "0.0942", "0.0943", "0.0944 (0.0884 to 0.1004)"]
     assert facts.verdict is not None and facts.judged is not None
     expected += ["Nothing else of note.", "promoted: it was better", *[check.text for check in facts.verdict.checks]]
     for model in facts.judged:
@@ -120,6 +131,11 @@ def test_text_of_an_item_never_becomes_markup(pages: tuple[Path, Path]) -> None:
 
 def test_no_users_text_stands_in_a_report(pages: tuple[Path, Path]) -> None:
     assert not any("likes number" in page.read_text() for page in pages)
+
+
+def test_what_a_log_cannot_tell_of_exploration_is_said(facts: RoundFacts, tmp_path: Path) -> None:
+    markdown, _ = write_report(tmp_path, replace(facts, unexplored="90 logged slates are worth 60 of the target's"))
+    assert "It cannot be told: 90 logged slates" in markdown.read_text()
 
 
 def test_a_refusal_says_which_check_failed(facts: RoundFacts, tmp_path: Path) -> None:
