@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 
 from deploy.replayed import Asked
+from deploy.training_parts import open_scorer
 from services.loaded_model import LoadedModel
 from tailrace.events import Click
 from tailrace.features import FEATURE_NAMES, PRIOR_WEIGHTS, prior_scores
@@ -130,6 +131,7 @@ class Retrained:
             max_item_tokens=card.max_item_tokens,
             folder=self._folder / "fine_tuning" / version,
             position_bias=False,
+            served=open_scorer(self._settings)(self._bundle),
         )
         tuned_at = time.monotonic()
         facts = RoundFacts(

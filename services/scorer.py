@@ -184,7 +184,7 @@ class Scorer:
         scored together move each other by quantization noise; in the float precisions they do not move at all. Raises
         ValueError where features or worths are not those of the model.
         """
-        batch, count, num_states = mask_BNT.shape
+        batch, count, _ = mask_BNT.shape
         if features_BNF.shape != (batch, count, len(self.card.feature_names)):
             wanted = (batch, count, len(self.card.feature_names))
             raise ValueError(f"features have shape {features_BNF.shape}, where the model takes {wanted}")
@@ -192,6 +192,32 @@ class Scorer:
             raise ValueError(
                 f"worths of tags have shape {tag_worth_BN.shape}, where there are {(batch, count)} candidates"
             )
+        logits, ratings = self._judge(
+            ("click_logits", "ratings"), users, states_BNTH, mask_BNT, features_BNF, tag_worth_BN
+        )
+        return logits, ratings
+
+    def pool(
+        self, users: EncodedUsers, states_BNTH: NDArray[np.floating], mask_BNT: NDArray[np.bool_ | np.integer]
+    ) -> Floats:
+        """Returns float32 [B,N,H]: what the head is given of each user's candidates, on the way to `score`."""
+        batch, count, _ = mask_BNT.shape
+        features_BNF = np.zeros((batch, count, len(self.card.feature_names)), np.float32)
+        tag_worth_BN = np.zeros((batch, count), np.float32)
+        [pooled_BNH] = self._judge(("pooled_states",), users, states_BNTH, mask_BNT, features_BNF, tag_worth_BN)
+        return pooled_BNH
+
+    def _judge(
+        self,
+        outputs: Sequence[str],
+        users: EncodedUsers,
+        states_BNTH: NDArray[np.floating],
+        mask_BNT: NDArray[np.bool_ | np.integer],
+        features_BNF: Floats,
+        tag_worth_BN: Floats,
+    ) -> list[Floats]:
+        """Returns outputs of the scorer's graph, each [B,N] or [B,N,H], from as many calls as the states fill."""
+        batch, count, num_states = mask_BNT.shape
         # Where every token keeps its state, columns that no candidate fills are left out.
         if not self.card.item_states and count:
             num_states = max(int(np.asarray(mask_BNT, np.bool_).any((0, 1)).sum()), 1)
@@ -201,8 +227,8 @@ class Scorer:
             "user_mask": users.mask,
             "user_vectors": users.vectors_BD,
         }
-        logits = np.zeros((batch, count), np.float32)
-        ratings = np.zeros((batch, count), np.float32)
+        width = {"pooled_states": (self.card.hidden_size,)}
+        found = [np.zeros((batch, count, *width.get(name, ())), np.float32) for name in outputs]
         for part in _parts(count, max(self._states_per_call // (num_states * max(batch, 1)), 1)):
             feeds = shared | {
                 "item_states": states_BNTH[:, part, :num_states].astype(np.float32),
@@ -211,8 +237,9 @@ class Scorer:
                 "tag_worth": tag_worth_BN[:, part].astype(np.float32),
             }
             feeds = {name: value for name, value in feeds.items() if name in self._scorer_inputs}
-            logits[:, part], ratings[:, part] = self._scorer.run(("click_logits", "ratings"), feeds)
-        return logits, ratings
+            for whole, of_part in zip(found, self._scorer.run(outputs, feeds), strict=True):
+                whole[:, part] = of_part
+        return found
 
     def _by_length(
         self, tokenizer: Tokenizer, texts: Sequence[str]

@@ -11,7 +11,7 @@ Shapes: E examples, B of them in a batch, N candidates, U user tokens, T states 
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import fields
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from training.examples import Example
 from training.lessons import Lesson
 from training.model import SplitRanker, masked_mean
 from training.precision import Precision
+from training.reading import Reading, ServedReader
+from training.rescoring import BundleScorer
 from training.team import ALONE, Team
 
 KEPT_BYTES = 3 * 2**30  # states kept between epochs; what does not fit is computed again when its turn comes
@@ -33,14 +35,6 @@ _BYTES_PER_NUMBER = 2
 
 Done = Callable[[int, int], None]  # examples read, examples in all
 Tensors = TypeVar("Tensors", "Batch", "Labels")
-
-
-class Reading(NamedTuple):
-    """One example before the first layer that learns: float16 states of its user [U,H] and its candidates [N,T,H]."""
-
-    users: Tensor
-    states: Tensor
-    vector: Tensor  # float32 [H]: the user's
 
 
 class Corpus:
@@ -63,6 +57,7 @@ class Corpus:
         device: torch.device,
         threads: int = 1,
         team: Team = ALONE,
+        served: BundleScorer | None = None,
         kept_bytes: int = KEPT_BYTES,
         done: Done | None = None,
     ) -> None:
@@ -70,6 +65,7 @@ class Corpus:
 
         Passes run beside each other in `threads`, each on one core: two threads within a pass wait for each other at
         every product, and where another process wants a core too they wait several times as long as they work.
+        With no layer left to learn, `served`, which is the ranker as it serves, reads in place of the ranker.
         """
         self.lessons, self.team = lessons, team
         self.own = [index for index in range(len(lessons)) if team.owns(index)]
@@ -87,11 +83,16 @@ class Corpus:
             index: [distinct.setdefault(text, len(distinct)) for text in lessons[index].example.texts]
             for index in self.own
         }
+        self._served: ServedReader | None = None
         with ThreadPoolExecutor(threads) as pool:
             # 2. Every distinct item text, below the split.
-            self._table, self._table_mask = self._read_items(
-                _tokenize(tokenizer, list(distinct), max_item_tokens), pool
-            )
+            if served is None:
+                self._table, self._table_mask = self._read_items(
+                    _tokenize(tokenizer, list(distinct), max_item_tokens), pool
+                )
+            else:
+                assert self._pooled_only, "layers that learn need more than what the head is given"
+                self._served = ServedReader(served, [lessons[index].example for index in self.own], threads=threads)
             # 3. What is above the split and does not learn, until the room is used up. Examples of like length go
             #    together, always the same ones: noise of padding is then the same after a restart.
             order = [index for index in np.lexsort((self.widths, self.lengths)).tolist() if index in self._rows]
@@ -215,8 +216,9 @@ class Corpus:
         """Returns what the layers that stay as they are say of examples.
 
         Where the first layer that learns is the split, candidates have no states of their own: the table holds them.
-        With no layer left a candidate has one, the mean, and a user none.
         """
+        if self._served is not None:
+            return [self._served.read(self.lessons[index].example) for index in chosen]
         ranker = self._ranker
         tokens, user_mask = self._pad_tokens([self._users[index] for index in chosen])
         rows, real = self._pad_rows(chosen)
@@ -246,7 +248,7 @@ class Corpus:
         else:
             own = 0 if self._first_layer == self._ranker.split_layer else items * self._table.shape[1]
             vectors = tokens + own
-        return (vectors + 2) * self._table.shape[2] * _BYTES_PER_NUMBER
+        return (vectors + 2) * self._ranker.bert.shape.hidden_size * _BYTES_PER_NUMBER
 
     def _pad_rows(self, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Returns the candidates' rows in the table [B,N] and which of them are real."""

@@ -42,12 +42,13 @@ from training.lessons import Lesson, choose_lessons
 from training.logit_scale import add_level, find_level, scale_to_clicks
 from training.model import SplitRanker
 from training.precision import choose_precision, precision_of
+from training.rescoring import BundleScorer
 from training.stop_slice import StopSlice, score_corpus
 from training.team import ALONE, Team
 from training.trackers import Facts
 
 MOST_PLACES = 50  # places of a slate with a bias of their own; further ones share the last
-_METHOD = 7  # rises where what is learned from the same examples changes: older checkpoints are then left alone
+_METHOD = 8  # rises where what is learned from the same examples changes: older checkpoints are then left alone
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ def fine_tune(
     position_bias: bool = True,
     facts: Facts | None = None,
     team: Team = ALONE,
+    served: BundleScorer | None = None,
     progress: Progress | None = None,
     checkpoint_every_s: float = 20.0,
 ) -> FineTuned:
@@ -108,7 +110,8 @@ def fine_tune(
 
     `ranker` itself is left alone. Checkpoints go to `folder`; a call with the same arguments after a kill goes on from
     there, to the same weights. Curves go to the trackers of the settings, beside `facts` of the run. Of a `team` each
-    calls this with the same arguments, sees the same folder and gets the same weights. Raises TrainingDiverged where
+    calls this with the same arguments, sees the same folder and gets the same weights. Where the head alone learns,
+    texts are read by `served`, if given: the ranker as it serves. Raises TrainingDiverged where
     the loss is no number any more, ValueError where there is nothing to learn from.
     """
     started = time.perf_counter()
@@ -129,6 +132,7 @@ def fine_tune(
 
         # 2. The parent, in those units: what learns is a copy of it, whose upper layers do.
         first_layer = max(len(ranker.bert.stack) - settings.trainable_layers, ranker.split_layer)
+        served = served if first_layer == len(ranker.bert.stack) else None
         parent = copy.deepcopy(ranker).to(device)
         silence(parent.head, flat_F)
         to_standard_units(parent.head, *units)
@@ -147,6 +151,7 @@ def fine_tune(
             device=device,
             threads=settings.threads,
             team=team,
+            served=served,
             done=partial(announce, "read"),
         )
         corpus = read(lessons)
@@ -182,7 +187,13 @@ def fine_tune(
             precision=precision,
             folder=folder,
             fingerprint=_fingerprint(
-                ranker, [*train, *replay, *stop], settings, max_user_tokens, max_item_tokens, places
+                ranker,
+                [*train, *replay, *stop],
+                settings,
+                max_user_tokens,
+                max_item_tokens,
+                places,
+                served is not None,
             ),
             facts=facts or {},
         )

@@ -38,7 +38,7 @@ class BundleScorer(Protocol):
         """What encodes users, and what encodes items: equal where two versions encode alike."""
 
     def encode_users(self, texts: Sequence[str]) -> Any:
-        """Returns what scoring needs of the users with these texts."""
+        """Returns what scoring needs of the users with these texts, and their unit vectors `vectors_BD` float32."""
 
     def encode_items(self, texts: Sequence[str]) -> Any:
         """Returns `states_NTH` float16, `mask_NT` bool and unit vectors `vectors_ND` float32 of these texts."""
@@ -52,6 +52,9 @@ class BundleScorer(Protocol):
         tag_worth_BN: Floats,
     ) -> tuple[Floats, Floats]:
         """Returns click logits [B,N] and ratings [B,N]."""
+
+    def pool(self, users: Any, states_BNTH: NDArray[np.floating], mask_BNT: NDArray[np.bool_]) -> Floats:
+        """Returns float32 [B,N,H]: what the head is given of candidates, on the way to `score`."""
 
 
 @dataclass(frozen=True)

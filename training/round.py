@@ -129,6 +129,9 @@ def run_round(parts: RoundParts) -> RoundRecord:
             with _timed(this, parts, "learn"):
                 # 3. Learn, from the serving weights.
                 ranker, tokenizer, card = load_ranker(champion_folder)
+                champion = parts.open_scorer(champion_folder)
+                # Its graphs do not travel to other workers, and a card reads faster without them.
+                served = champion if (training.workers, training.device) == (1, "cpu") else None
                 this.tuned = parts.learn(
                     partial(
                         fine_tune,
@@ -142,6 +145,7 @@ def run_round(parts: RoundParts) -> RoundRecord:
                         max_item_tokens=card.max_item_tokens,
                         folder=this.folder,
                         facts=facts_of(plan),
+                        served=served,
                         progress=parts.progress,
                     )
                 )
@@ -169,7 +173,7 @@ def run_round(parts: RoundParts) -> RoundRecord:
             with _timed(this, parts, "evaluate"):
                 # 5. Both, as they would serve, on the newest impressions, which neither has learned from.
                 this.contest = compare(
-                    parts.open_scorer(champion_folder),
+                    champion,
                     parts.open_scorer(bundle),
                     this.split.holdout,
                     calibrate_on=this.split.stop,

@@ -57,21 +57,6 @@ def user_at(users: EncodedUsers, row: int) -> EncodedUsers:
     return EncodedUsers(users.keys[one], users.values[one], users.mask[one], users.vectors_BD[one])
 
 
-def pooled_states(scorer: Scorer, users: EncodedUsers, states: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """What the BERT makes of each candidate, before a head that is still zero hides it."""
-    feeds = {
-        "user_keys": users.keys,
-        "user_values": users.values,
-        "user_mask": users.mask,
-        "user_vectors": users.vectors_BD,
-        "item_states": states.astype(np.float32),
-        "item_state_mask": mask.astype(np.int64),
-        "features": random_features(*mask.shape[:2]),
-        "tag_worth": np.zeros(mask.shape[:2], np.float32),
-    }
-    return np.asarray(scorer._scorer.run(("pooled_states",), feeds)[0])
-
-
 @pytest.mark.skipif(
     "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="this build of ONNX Runtime knows CUDA"
 )
@@ -172,9 +157,9 @@ def test_embedded_query_meets_the_item_about_it(quantized: Scorer) -> None:
 def test_requests_scored_together_equal_requests_scored_alone(exact: Scorer) -> None:
     users, items = exact.encode_users(USERS), exact.encode_items(ITEMS)
     states, mask = slates(items, [[0, 1, 2], [4, 3, 0]])
-    together = pooled_states(exact, users, states, mask)
+    together = exact.pool(users, states, mask)
     for row in range(2):
-        alone = pooled_states(exact, user_at(users, row), states[row : row + 1], mask[row : row + 1])
+        alone = exact.pool(user_at(users, row), states[row : row + 1], mask[row : row + 1])
         np.testing.assert_allclose(together[row], alone[0], atol=1e-4)
 
 
@@ -187,6 +172,8 @@ def test_long_slates_are_scored_in_parts_without_a_trace(exact: Scorer) -> None:
     logits, _ = exact.score(users, states, mask, features, worth)
     last, _ = exact.score(users, states[:, -3:], mask[:, -3:], features[:, -3:], worth[:, -3:])
     np.testing.assert_allclose(logits[:, -3:], last, atol=1e-5)
+    pooled = exact.pool(users, states, mask)
+    np.testing.assert_allclose(pooled[:, -3:], exact.pool(users, states[:, -3:], mask[:, -3:]), atol=1e-5)
 
 
 def test_texts_are_cut_at_the_limits_of_the_card(exact: Scorer) -> None:
@@ -206,6 +193,8 @@ def test_empty_lists_give_empty_answers(exact: Scorer) -> None:
         random_worth(2, 0),
     )
     assert logits.shape == ratings.shape == (2, 0)
+    nobody = np.zeros((2, 0, 4, 384), np.float16), np.zeros((2, 0, 4), np.bool_)
+    assert exact.pool(exact.encode_users(USERS), *nobody).shape == (2, 0, 384)
 
 
 def test_features_of_another_model_are_refused(exact: Scorer) -> None:
