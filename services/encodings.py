@@ -46,10 +46,13 @@ class EncodedItems:
     vectors_ND: Floats
 
 
-def encoder_digest(bundle: Bundle, precision: str, max_item_tokens: int) -> str:
-    """Returns what tells the item encoder of a bundle from others: versions that encode items alike have the same."""
-    digest = hashlib.sha256(f"{precision} {max_item_tokens}".encode())
-    for name in (f"{precision}/item_encoder.onnx", f"{precision}/words.bin", "tokenizer.json"):
+def encoder_digest(bundle: Bundle, precision: str, graph: str, max_tokens: int) -> str:
+    """Returns what tells an encoder of a bundle from others, of items or users: those that encode alike have the same.
+
+    `graph` is its name, `max_tokens` where it cuts texts.
+    """
+    digest = hashlib.sha256(f"{precision} {max_tokens}".encode())
+    for name in (f"{precision}/{graph}.onnx", f"{precision}/words.bin", "tokenizer.json"):
         digest.update(bytes.fromhex(bundle.sum(name)))
     return digest.hexdigest()[:32]
 

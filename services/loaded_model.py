@@ -50,6 +50,14 @@ class ScoreJob:
     tag_worth_N: Floats
 
 
+class _EncodedTexts:
+    """What an encoder of users has made of texts of late: of users, and of queries."""
+
+    def __init__(self) -> None:
+        self.users: RecentlyUsed[EncodedUsers] = RecentlyUsed(_USER_CACHE_BYTES)
+        self.queries: RecentlyUsed[Floats] = RecentlyUsed(_QUERY_CACHE)
+
+
 class LoadedModel:
     """Implements `recommender.TextModel`. After `retire` it ends with its last holder.
 
@@ -62,6 +70,7 @@ class LoadedModel:
         precision: str,
         scorer: Scorer,
         encodings: ItemEncodings,
+        encoded_texts: _EncodedTexts,
         settings: Settings,
         run: Run = at_once,
     ) -> None:
@@ -75,8 +84,7 @@ class LoadedModel:
         self._ranker = settings.ranker
         self._run = run
         self._queues: _Queues | None = None
-        self._users: RecentlyUsed[EncodedUsers] = RecentlyUsed(_USER_CACHE_BYTES)
-        self._queries: RecentlyUsed[Floats] = RecentlyUsed(_QUERY_CACHE)
+        self._encoded_texts = encoded_texts
         self._holders = 0
         self._retired = False
         self._lock = Lock()
@@ -102,14 +110,16 @@ class LoadedModel:
         scorer = Scorer.open(
             bundle, parts, run, precision=precision, provider=ranker.device, intra_op_threads=ranker.intra_op_threads
         )
-        encoder = encoder_digest(bundle, precision, card.max_item_tokens)
+        encoder = encoder_digest(bundle, precision, "item_encoder", card.max_item_tokens)
+        user_encoder = encoder_digest(bundle, precision, "user_encoder", card.max_user_tokens)
 
         def encode_nothing_yet() -> ItemEncodings:
             kept = cache_file(settings.path("cache") / "items", encoder) if ranker.item_text_cache else None
             return ItemEncodings(card.hidden_size, kept)
 
         encodings = parts.get(("item encodings", encoder), encode_nothing_yet)
-        return cls(version, precision, scorer, encodings, settings, run)
+        encoded_texts = parts.get(("encoded texts", user_encoder), _EncodedTexts)
+        return cls(version, precision, scorer, encodings, encoded_texts, settings, run)
 
     def start(self) -> None:
         """Starts the model's threads: from here on any number of callers may ask at once."""
@@ -129,18 +139,18 @@ class LoadedModel:
 
     def encode_user(self, text: str, deadline: float) -> EncodedUsers:
         """Returns the user's text as the model sees it (B = 1). Raises TooLate, Overloaded or ScoringError."""
-        held = self._users.get(text)
+        held = self._encoded_texts.users.get(text)
         if held is None:
             held = self._encode(text, deadline)
-            self._users.put(text, held, held.keys.nbytes + held.values.nbytes)
+            self._encoded_texts.users.put(text, held, held.keys.nbytes + held.values.nbytes)
         return held
 
     def embed(self, text: str, deadline: float) -> Floats:
         """Returns float32 [D]: the unit vector of a text. Raises TooLate, Overloaded or ScoringError."""
-        held = self._queries.get(text)
+        held = self._encoded_texts.queries.get(text)
         if held is None:
             held = self._encode(text, deadline).vectors_BD[0].copy()
-            self._queries.put(text, held, 1)
+            self._encoded_texts.queries.put(text, held, 1)
         return held
 
     def score(

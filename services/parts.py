@@ -2,7 +2,8 @@
 
 A part goes by what it was made of, the sums of its files above all, so a version that comes finds what is there already
 and reads nothing anew: a round that leaves the layers that embed as they are leaves the item encoder as it is, to the
-byte, and with it all that was encoded of the catalogue.
+byte, and with it all that was encoded of the catalogue. One in which the head alone learned leaves the user encoder
+and with it what was encoded of the users of late: a swap does not make them wait.
 """
 
 from collections.abc import Callable, Hashable

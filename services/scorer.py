@@ -192,7 +192,7 @@ class Scorer:
             raise ValueError(
                 f"worths of tags have shape {tag_worth_BN.shape}, where there are {(batch, count)} candidates"
             )
-        logits, ratings = self._judge(
+        logits, ratings = self._run_scorer(
             ("click_logits", "ratings"), users, states_BNTH, mask_BNT, features_BNF, tag_worth_BN
         )
         return logits, ratings
@@ -204,10 +204,10 @@ class Scorer:
         batch, count, _ = mask_BNT.shape
         features_BNF = np.zeros((batch, count, len(self.card.feature_names)), np.float32)
         tag_worth_BN = np.zeros((batch, count), np.float32)
-        [pooled_BNH] = self._judge(("pooled_states",), users, states_BNTH, mask_BNT, features_BNF, tag_worth_BN)
+        [pooled_BNH] = self._run_scorer(("pooled_states",), users, states_BNTH, mask_BNT, features_BNF, tag_worth_BN)
         return pooled_BNH
 
-    def _judge(
+    def _run_scorer(
         self,
         outputs: Sequence[str],
         users: EncodedUsers,

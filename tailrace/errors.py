@@ -103,7 +103,7 @@ class TooLittleOverlap(TailraceError):
 
     def __init__(self, slates: int, effective: float, mean_weight: float, reason: str) -> None:
         super().__init__(
-            f"{slates} logged slates are worth {effective:.1f} of the target's, with a mean weight of "
+            f"{slates} logged slates are worth {effective:.1f} of the other policy's, with a mean weight of "
             f"{mean_weight:.3g}: {reason}"
         )
         self.effective = effective

@@ -41,6 +41,7 @@ def make_example(
         tastes=no_tastes(count),
         scores_N=np.zeros(count, np.float32),
         propensities_N=np.array([*(propensities or [1.0] * shown), *[np.nan] * unshown], np.float32),
+        explored=tuple(np.flatnonzero(np.array(propensities or [1.0] * shown) < 0.5).tolist()),
         gains_N=np.array([*(clicked if gains is None else gains), *padding], np.float32),
         clicked_N=np.array([*clicked, *padding], np.bool_),
         ratings_N=np.full(count, np.nan, np.float32),

@@ -65,7 +65,8 @@ class Corpus:
 
         Passes run beside each other in `threads`, each on one core: two threads within a pass wait for each other at
         every product, and where another process wants a core too they wait several times as long as they work.
-        With no layer left to learn, `served`, which is the ranker as it serves, reads in place of the ranker.
+        With no layer left to learn, `served`, the ranker as it serves, reads in its place; its calls run beside each
+        other too, each on as many cores as it was opened with.
         """
         self.lessons, self.team = lessons, team
         self.own = [index for index in range(len(lessons)) if team.owns(index)]

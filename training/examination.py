@@ -34,7 +34,7 @@ def fit_examination(examples: Sequence[Example], num_positions: int) -> Reals:
     clicks = np.zeros(num_positions)
     for example in examples:
         count = min(example.num_shown, num_positions)
-        by_lot = example.by_lot[:count]
+        by_lot = np.isin(np.arange(count), example.explored)
         scores = example.scores_N[:count]
         explored = by_lot & (scores <= scores[~by_lot].min(initial=np.inf))
         shown[:count] += explored

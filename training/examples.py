@@ -28,8 +28,6 @@ from training.attribution import Hashes, Relevant, attribute, feedback_table, ha
 Floats = NDArray[np.float32]
 Flags = NDArray[np.bool_]
 
-_BY_LOT_BELOW = 0.5  # the first choice for a place has more than that, whatever a lot may put there much less
-
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -54,15 +52,10 @@ class Example:
     clicked_N: Flags  # bool [N]: any positive interaction, which is what click rate, AUC and log loss count
     ratings_N: Floats  # float32 [N], 1 to 5; NaN where not rated
     num_candidates: int = 0  # that were ranked; 0 where the log does not say, and then those that are here were
+    explored: tuple[int, ...] = ()  # positions filled by lot, not by the first choice for them
     refused: tuple[int, ...] = ()  # positions where a "no" was said, and nothing good: skipped, hidden, rated low
     delays_s: tuple[float, ...] = ()  # how long after it was shown each clicked item was clicked first, in seconds
     arrived: float = 1.0  # the share of its clicks that had come by the cut-off, to be expected of its age
-
-    @property
-    def by_lot(self) -> Flags:
-        """Returns bool [num_shown]: which places were filled by exploration, not by the first choice for them."""
-        lots: Flags = self.propensities_N[: self.num_shown] < _BY_LOT_BELOW
-        return lots
 
 
 class JoinCounts(msgspec.Struct, frozen=True, kw_only=True):
@@ -266,6 +259,7 @@ def unlabelled_example(impression: Impression) -> Example:
         clicked_N=np.zeros(len(candidates), dtype=np.bool_),
         ratings_N=np.full(len(candidates), np.nan, dtype=np.float32),
         num_candidates=impression.num_candidates,
+        explored=tuple(position for position, ranked in enumerate(impression.shown) if ranked.explored),
     )
 
 

@@ -57,7 +57,8 @@ class FineTuned:
 
     `better` says whether `ranker` is a new one: otherwise it is the very parent, and `reason` says why.
     `first_step` is how much of the parts of the score was kept when tastes had been learned, None where they were not.
-    `lessons` impressions were learned from; `impressions_per_s` counts each pass over them in all the time it took.
+    `lessons` impressions were learned from, BERT read them in `precision`, and `impressions_per_s` counts each pass
+    over them in all the time it took.
     """
 
     ranker: SplitRanker
@@ -110,9 +111,9 @@ def fine_tune(
 
     `ranker` itself is left alone. Checkpoints go to `folder`; a call with the same arguments after a kill goes on from
     there, to the same weights. Curves go to the trackers of the settings, beside `facts` of the run. Of a `team` each
-    calls this with the same arguments, sees the same folder and gets the same weights. Where the head alone learns,
-    texts are read by `served`, if given: the ranker as it serves. Raises TrainingDiverged where
-    the loss is no number any more, ValueError where there is nothing to learn from.
+    calls this with the same arguments, sees the same folder and gets the same weights. `served` is the ranker as it
+    serves, which reads texts for a head that learns alone on a CPU; a card reads faster without it. Raises
+    TrainingDiverged where the loss is no number any more, ValueError where there is nothing to learn from.
     """
     started = time.perf_counter()
     announce = progress if progress and team.leads else (lambda step, done, total: None)
@@ -132,7 +133,7 @@ def fine_tune(
 
         # 2. The parent, in those units: what learns is a copy of it, whose upper layers do.
         first_layer = max(len(ranker.bert.stack) - settings.trainable_layers, ranker.split_layer)
-        served = served if first_layer == len(ranker.bert.stack) else None
+        served = served if first_layer == len(ranker.bert.stack) and device.type == "cpu" else None
         parent = copy.deepcopy(ranker).to(device)
         silence(parent.head, flat_F)
         to_standard_units(parent.head, *units)
@@ -193,7 +194,7 @@ def fine_tune(
                 max_user_tokens,
                 max_item_tokens,
                 places,
-                served is not None,
+                served=served,
             ),
             facts=facts or {},
         )
@@ -227,7 +228,7 @@ def fine_tune(
         lessons=len(lessons),
         stopped_early=len(standing.history) < settings.epochs,
         position_bias=[0.0, *(learner.position_bias if chosen is None else chosen["position_bias"]).tolist()],
-        precision=precision_name,
+        precision="the precision that serves" if served else precision_name,
         took_s=took_s,
         reading_s=reading_s,
         impressions_per_s=len(standing.history) * len(lessons) / took_s,
@@ -248,9 +249,17 @@ def _torch_for(settings: TrainingSettings) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _fingerprint(ranker: SplitRanker, examples: Sequence[Example], settings: TrainingSettings, *sizes: int) -> str:
-    """Returns what tells one fine-tune from another: its settings, its parent, its examples and their labels."""
+def _fingerprint(
+    ranker: SplitRanker,
+    examples: Sequence[Example],
+    settings: TrainingSettings,
+    *sizes: int,
+    served: BundleScorer | None,
+) -> str:
+    """Returns what tells one fine-tune from another: settings, parent, examples and labels, and who reads them."""
     digest = hashlib.sha256(msgspec.json.encode([_METHOD, settings, sizes]))
+    if served is not None:  # at which precision, and where
+        digest.update(served.encode_users([examples[0].user_text]).vectors_BD.tobytes())
     for weight in ranker.state_dict().values():
         digest.update(weight.detach().cpu().contiguous().numpy().tobytes())
     digest.update(repr([np.asarray(part).tolist() for part in astuple(ranker.taste_model)]).encode())

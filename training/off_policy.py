@@ -34,7 +34,7 @@ Reals = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 
 LEAST_EFFECTIVE = 100.0
-_DRIFT_SIGMAS = 4.0  # weights average 1 where the log holds all that the target shows
+_DRIFT_SIGMAS, _DRIFT_SLATES = 4.0, 8.0  # weights average 1, give or take, where the log lacks nothing
 
 
 @dataclass(frozen=True)
@@ -49,21 +49,22 @@ class LoggedSlates:
 class OffPolicy(msgspec.Struct, frozen=True):
     """The click rate (clicks per item shown) of the target policy, estimated in three ways, beside the one logged.
 
-    `effective_slates` is how many slates of the target's own the log is worth at the deepest position (Kish 1965), and
-    `mean_weight` the mean weight there, 1 but for chance.
+    `gain` is doubly robust less logged, of the same slates. `effective_slates` is how many slates of the target's own
+    the log is worth at the deepest position (Kish 1965), and `mean_weight` the mean weight there, 1 but for chance.
     """
 
     logged: Interval
     ips: Interval
     snips: Interval
     doubly_robust: Interval
+    gain: Interval
     slates: int
     effective_slates: float
     mean_weight: float
 
 
 def logged_slates(examples: Sequence[Example]) -> LoggedSlates:
-    """Returns the shown parts of the examples; those without propensities (a lower rung) must be left out before."""
+    """Returns the shown parts of the examples; those without propensities must be left out before."""
     return LoggedSlates(
         clicks_EK=_rows([one.clicked_N[: one.num_shown] for one in examples], 0.0),
         propensities_EK=_rows([one.propensities_N[: one.num_shown] for one in examples], 1.0),
@@ -114,6 +115,7 @@ def estimate(
         ips=_mean_interval(ips_E, confidence),
         snips=_mean_interval(_normalized(weights_EK, rewards_EK, shown_EK), confidence),
         doubly_robust=_mean_interval(robust_E, confidence),
+        gain=_mean_interval(robust_E - rewards_EK.sum(1), confidence),
         slates=len(weights_EK),
         effective_slates=effective,
         mean_weight=mean_weight,
@@ -184,7 +186,9 @@ def _require_overlap(weights_E: Reals, least_effective: float) -> tuple[float, f
     mean = float(weights_E.mean()) if len(weights_E) else 0.0
     if not effective >= least_effective:
         raise TooLittleOverlap(len(weights_E), effective, mean, f"at least {least_effective:.0f} are needed")
-    if abs(mean - 1) > _DRIFT_SIGMAS * float(weights_E.std(ddof=1)) / np.sqrt(len(weights_E)) + 1e-6:
+    # What the target shows seldom may be missing by chance, and then the weights do not say how much they vary.
+    drift = _DRIFT_SIGMAS * float(weights_E.std(ddof=1)) / np.sqrt(len(weights_E)) + _DRIFT_SLATES / len(weights_E)
+    if abs(mean - 1) > drift:
         raise TooLittleOverlap(len(weights_E), effective, mean, "weights that do not average 1 mean missing slates")
     return effective, mean
 

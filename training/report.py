@@ -177,13 +177,15 @@ def _exploration_blocks(found: OffPolicy | str) -> list[_Block]:
         return [f"It cannot be told: {found}."]
     text = (
         f"Of {found.slates:,} fresh impressions, by their logged propensities: they are worth "
-        f"{found.effective_slates:,.0f} of a policy that does not explore. Clicks yet to arrive are in no figure."
+        f"{found.effective_slates:,.0f} of a policy that does not explore. Clicks yet to arrive are in no figure, nor "
+        "is what exploring teaches. Intervals are 95%, and take slates as independent."
     )
     names = (
         ("as logged", found.logged),
         ("without exploration, IPS", found.ips),
         ("without exploration, SNIPS", found.snips),
         ("without exploration, doubly robust", found.doubly_robust),
+        ("what is lost by exploring, doubly robust", found.gain),
     )
     return [text, _Table(("clicks per item shown", ""), [(name, _interval(one)) for name, one in names])]
 

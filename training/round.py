@@ -130,8 +130,7 @@ def run_round(parts: RoundParts) -> RoundRecord:
                 # 3. Learn, from the serving weights.
                 ranker, tokenizer, card = load_ranker(champion_folder)
                 champion = parts.open_scorer(champion_folder)
-                # Its graphs do not travel to other workers, and a card reads faster without them.
-                served = champion if (training.workers, training.device) == (1, "cpu") else None
+                served = champion if training.workers == 1 else None  # its graphs do not travel to other processes
                 this.tuned = parts.learn(
                     partial(
                         fine_tune,

@@ -175,7 +175,7 @@ def _report(this: Round, ended: str) -> str:
     read: dict[str, int | float | str] = {} if this.counts is None else msgspec.to_builtins(this.counts)
     if tuned is not None:
         read |= {"replayed": this.replayed, "learned from": tuned.lessons}
-        speed = f"{tuned.impressions_per_s:.0f} impressions/s in {tuned.precision}"
+        speed = f"{tuned.impressions_per_s:.0f} impressions/s, BERT in {tuned.precision}"
         notes = [tuned.reason, _describe_step(tuned.first_step), speed]
     facts = RoundFacts(
         version=this.plan.version,

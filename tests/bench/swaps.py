@@ -1,8 +1,8 @@
 """Versions replaced under load, measured from outside: failed requests, added latency, time until replicas answer.
 
 Requests leave on a fixed schedule all the while, over HTTP, as many as leave the machine some room: near all that it
-bears, whatever else it does would show as waiting. Two versions that differ as a round's do, in what ranks and
-not in what embeds, take turns as champion. Each swap is held against the quiet that follows it: what is added is the
+bears, whatever else it does would show as waiting. Two versions that differ as those of a round do by default, in the
+head alone, take turns as champion. Each swap is held against the quiet that follows it: what is added is the
 difference of the two p99, and its interval comes of drawing swaps again, each with its own quiet, so that a machine
 that is slow for a while says nothing. Replicas are asked at the same pace near swaps and away from them.
 """
@@ -96,7 +96,7 @@ def bench_swaps(console: Console, swaps: int = SWAPS) -> list[Row]:
 
 
 def _publish_sibling(registry: Registry, first: ModelVersion, folder: Path) -> None:
-    """Publishes a version that ranks a little otherwise and embeds alike, as one does that was learned."""
+    """Publishes a version that makes a little else of what BERT says, as one does whose head has learned."""
     import torch  # only this needs it
 
     from training.export import export_bundle, load_ranker
@@ -104,7 +104,7 @@ def _publish_sibling(registry: Registry, first: ModelVersion, folder: Path) -> N
     ranker, tokenizer, card = load_ranker(registry.fetch(first, folder / "fetched"))
     torch.manual_seed(0)
     with torch.no_grad():
-        for weight in (*ranker.ranking.parameters(), *ranker.head.parameters()):
+        for weight in ranker.head.parameters():
             weight.add_(1e-3 * weight.std(unbiased=False) * torch.randn(weight.shape))
     export_bundle(
         ranker,

@@ -21,6 +21,7 @@ from services.bodies import Asked, RankedAnswer, RecommendationRequest
 from services.hot_swap import ModelSlot
 from services.loaded_model import LoadedModel
 from services.recommender import recommend
+from services.scorer import Scorer
 from tailrace.bundle import Bundle
 from tailrace.catalogue import Catalogue
 from tailrace.events import ModelAnnouncement, encode
@@ -359,6 +360,25 @@ def test_swap_to_a_version_that_embeds_alike_opens_only_what_ranks_and_encodes_n
     place.announce_item("new", "A new book of whales")
     place.slot.note_item()
     wait_until(lambda: (place.slot.status().items, place.slot.status().pending) == (41, 0))
+
+
+@pytest.mark.parametrize(("changed", "anew"), [("scorer", 0), ("user_encoder", 1)])
+def test_swap_encodes_users_anew_only_where_their_encoder_differs(
+    place: Place, retouched: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, changed: str, anew: int
+) -> None:
+    place.start()
+    with place.slot.lease() as model:
+        before = model.encode_user("loved: ghosts", time.monotonic() + 30)
+    place.registry.publish(retouched(changed), version=V3)
+    place.tell(place.registry.promote(V3))
+    wait_until(lambda: place.slot.status().serving == V3)
+    told: list[str] = []
+    encode_users = Scorer.encode_users
+    monkeypatch.setattr(Scorer, "encode_users", lambda self, texts: told.extend(texts) or encode_users(self, texts))
+    with place.slot.lease() as model:
+        after = model.encode_user("loved: ghosts", time.monotonic() + 30)
+    assert told == ["loved: ghosts"] * anew
+    assert (after is before) == (not anew)
 
 
 def test_swap_to_a_version_whose_item_encoder_differs_encodes_every_item_anew(

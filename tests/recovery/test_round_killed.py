@@ -104,7 +104,9 @@ def test_round_that_could_not_begin_is_recorded(data: Path) -> None:
 
 def test_round_that_learned_nothing_leaves_a_report_of_it(data: Path) -> None:
     def learn_in_vain(job: Job) -> FineTuned:
-        return replace(learn_alone(job), better=False, reason="nothing beats the parent")
+        found = learn_alone(job)
+        assert found.precision == "the precision that serves"
+        return replace(found, better=False, reason="nothing beats the parent")
 
     record = run_round(replace(make_parts(make_settings(data)), learn=learn_in_vain))
     assert record.outcome == "rejected"

@@ -343,8 +343,7 @@ def test_places_are_expected_to_be_seen_as_explored_ones_were(tmp_path: Path) ->
 
     def explored(one: Example) -> Example:
         clicked_N = np.append(rng.random(6) < 0.1 * seen_K, [False, False])
-        propensities_N = np.append(np.full(6, 0.01), [np.nan, np.nan]).astype(np.float32)
-        return replace(one, clicked_N=clicked_N, gains_N=clicked_N.astype(np.float32), propensities_N=propensities_N)
+        return replace(one, clicked_N=clicked_N, gains_N=clicked_N.astype(np.float32), explored=tuple(range(6)))
 
     train, stop = ([explored(one) for one in make_examples(count, never, seed=count)] for count in (1500, 200))
     still = change(head_learning_rate=0.0, learning_rate=0.0)

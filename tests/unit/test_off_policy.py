@@ -1,6 +1,6 @@
 """What another policy would have earned: held against a small world where that is known exactly, and the town."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 
 import numpy as np
@@ -303,19 +303,37 @@ def test_what_the_town_would_click_without_exploration_is_known(exploration: flo
         propensities = chances(scores_N, slate, exploration, CANDIDATES)
         examples.append(make_example(clicked.tolist(), propensities=propensities, number=row))
         truth.append(seen_K @ joy_N[show(scores_N, 0.0, CANDIDATES, rng)] / SHOWN)
-    nameless = make_example([1, 1, 1], propensities=[np.nan] * SHOWN)  # as a lower rung logs it
-    found = without_exploration([*examples, *[nameless] * 1000])
+    unsound = [make_example([1, 1, 1], propensities=[what] * SHOWN) for what in (np.nan, 0.0, 1.5)]
+    found = without_exploration([*examples, *unsound * 300])
     assert found.slates == len(examples)
     assert found.effective_slates == pytest.approx(len(examples) * (1 - exploration) ** SHOWN, rel=0.05)
     for one in (found.ips, found.snips, found.doubly_robust):
         assert one.low < np.mean(truth) < one.high
+    assert found.gain.mean == pytest.approx(found.doubly_robust.mean - found.logged.mean)
+    assert found.gain.high - found.gain.low < found.logged.high - found.logged.low  # of the same slates
     if exploration > 0.1:
-        assert found.logged.high < found.doubly_robust.low  # what it costs is seen
+        assert found.gain.low > 0  # what it costs is seen
 
 
 def test_a_log_in_which_every_place_went_by_lot_does_not_know_the_first_choice() -> None:
     with pytest.raises(TooLittleOverlap):
         without_exploration([make_example([1, 0], propensities=[0.1, 0.1], number=row) for row in range(500)])
+
+
+def test_a_lot_that_is_likelier_than_the_first_choice_is_told_from_it() -> None:
+    rng = np.random.default_rng(6)
+    lots = rng.random(2000) < 0.6
+    examples = [
+        replace(make_example([not lot], propensities=[0.6 if lot else 0.4], number=row), explored=(0,) * lot)
+        for row, lot in enumerate(lots.tolist())
+    ]
+    found = without_exploration(examples)  # the first choice is always clicked, what the lot brings never
+    assert found.ips.low < 1.0 < found.ips.high and found.snips.mean == pytest.approx(1.0)
+
+
+def test_little_exploration_of_which_a_small_log_holds_nothing_is_no_sign_of_missing_slates() -> None:
+    found = without_exploration([make_example([row % 2] * 10, propensities=[0.999] * 10) for row in range(200)])
+    assert found.doubly_robust.mean == pytest.approx(0.5, abs=0.01)
 
 
 def test_without_exploration_in_the_log_nothing_changes() -> None:

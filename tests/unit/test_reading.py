@@ -111,3 +111,9 @@ def test_only_a_head_that_learns_alone_reads_what_is_served(bundle_dir: Path, tm
     assert watched.read == 0
     tune(bundle_dir, tmp_path / "head", change(epochs=1), watched)
     assert watched.read > len(EXAMPLES) / 2  # of the silent ones few are read
+
+
+def test_checkpoint_is_left_alone_where_texts_are_read_at_another_precision(bundle_dir: Path, tmp_path: Path) -> None:
+    quantized, exact = (Scorer.load(bundle_dir, precision=precision) for precision in ("int8", "fp32"))
+    resumed = [tune(bundle_dir, tmp_path, change(epochs=1), one).resumed for one in (quantized, quantized, exact)]
+    assert resumed == [False, True, False]

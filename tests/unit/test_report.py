@@ -53,6 +53,7 @@ def facts() -> RoundFacts:
             ips=Interval(0.0942, 0.0882, 0.1002),
             snips=Interval(0.0943, 0.0883, 0.1003),
             doubly_robust=Interval(0.0944, 0.0884, 0.1004),
+            gain=Interval(0.0033, 0.0029, 0.0037),
             slates=2_345,
             effective_slates=1_404.3,
             mean_weight=1.01,
@@ -86,7 +87,7 @@ def test_every_figure_given_stands_in_both_pages(facts: RoundFacts, pages: tuple
     markdown = pages[0].read_text().replace("\\", "")
     text = Reader(pages[1].read_text()).text
     expected = ["12,345", "67", "7 days", "0.3123", "2026-11-24T02:00:00Z", "3.2", "45.6", "v7", "v8", "1,200", "7.2"]
-    expected += ["2,345", "1,404", "0.0911", "0.0942", "0.0943", "0.0944 (0.0884 to 0.1004)"]
+    expected += ["2,345", "1,404", "0.0911", "0.0942", "0.0943", "0.0944 (0.0884 to 0.1004)", "0.0033 (0.0029 to"]
     assert facts.verdict is not None and facts.judged is not None
     expected += ["Nothing else of note.", "promoted: it was better", *[check.text for check in facts.verdict.checks]]
     for model in facts.judged:
